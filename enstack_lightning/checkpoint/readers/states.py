@@ -1,0 +1,131 @@
+"""Optimizer, scheduler and weight entries of a training state, read into facts.
+
+The same functions serve a file's symbolic content and a dict that was really loaded: tensors are told by having a
+`dtype` and a `shape`, and the caller says how a scalar one is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from enstack_lightning.checkpoint.facts import (
+    OptimizerFacts,
+    ParamGroupFacts,
+    SchedulerFacts,
+    TensorFacts,
+)
+
+ScalarReader = Callable[[Any], float | None]
+"""The value of a scalar tensor, or None when it cannot be told."""
+
+
+def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[OptimizerFacts, ...] | None:
+    """Facts of a list of `Optimizer.state_dict()`; None when the value is no such list."""
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+        return None
+    return tuple(optimizer_of(e, read_scalar) for e in entries)
+
+
+def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader) -> OptimizerFacts:
+    """Facts of one `Optimizer.state_dict()`: `{"state": {id: {...}}, "param_groups": [...]}`."""
+    groups = entry.get("param_groups")
+    states = entry.get("state")
+    states = states if isinstance(states, Mapping) else {}
+    steps = {}
+    for key, state in states.items():
+        if isinstance(state, Mapping) and "step" in state:
+            step = number(state["step"])
+            step = read_scalar(state["step"]) if step is None else step
+            if step is not None and math.isfinite(step):
+                steps[key] = step
+    return OptimizerFacts(
+        groups=tuple(_group_of(g) for g in groups if isinstance(g, Mapping)) if isinstance(groups, list) else (),
+        steps=steps,
+        parameters_with_state=sum(1 for s in states.values() if s),
+    )
+
+
+def _group_of(group: Mapping[str, Any]) -> ParamGroupFacts:
+    params = group.get("params")
+    momentum = number(group.get("momentum"))
+    return ParamGroupFacts(
+        params=tuple(params) if isinstance(params, list) else (),
+        lr=number(group.get("lr")),
+        initial_lr=number(group.get("initial_lr")),
+        keeps_moments="betas" in group or bool(momentum),
+    )
+
+
+def schedulers_of(entries: object) -> tuple[SchedulerFacts, ...] | None:
+    """Facts of a list of `LRScheduler.state_dict()`; None when the value is no such list."""
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+        return None
+    return tuple(scheduler_of(e) for e in entries)
+
+
+def scheduler_of(entry: Mapping[str, Any]) -> SchedulerFacts:
+    """Facts of one `LRScheduler.state_dict()`."""
+    # A ChainedScheduler has a position of its own that never moves; those of its parts count.
+    chained = "_schedulers" in entry and "_milestones" not in entry
+    return SchedulerFacts(
+        last_epoch=None if chained else whole(entry.get("last_epoch")),
+        last_lr=_numbers(entry.get("_last_lr")),
+        base_lrs=_numbers(entry.get("base_lrs")),
+        total_steps=whole(entry.get("total_steps")),
+    )
+
+
+def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
+    """The tensors of a module's state dict by name, dtype and shape."""
+    if not isinstance(state_dict, Mapping):
+        return ()
+    return tuple(
+        TensorFacts(str(name), str(value.dtype).removeprefix("torch."), tuple(int(n) for n in value.shape))
+        for name, value in state_dict.items()
+        if hasattr(value, "dtype") and hasattr(value, "shape")
+    )
+
+
+def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
+    """The top-level entries of a training state and the type of each value."""
+    return {str(key): type(value).__name__ for key, value in state.items()}
+
+
+def number(value: object) -> float | None:
+    """A finite int or float as it is; None for everything else, booleans included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def whole(value: object) -> int | None:
+    """An int as it is; None for everything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def at(value: object, path: Iterable[str]) -> Any:
+    """The value under nested keys; None as soon as one is missing."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def plain(value: object, depth: int = 6) -> Any:
+    """A JSON-able copy: what is no plain value is shown as text, what is nested too deeply as an ellipsis."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if depth == 0:
+        return "…"
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, depth - 1) for k, v in list(value.items())[:1_000]}
+    if isinstance(value, list | tuple):
+        return [plain(v, depth - 1) for v in value[:1_000]]
+    return f"<{type(value).__name__}>"
+
+
+def _numbers(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        return ()
+    return tuple(n for n in map(number, value) if n is not None)

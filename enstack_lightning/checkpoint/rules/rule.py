@@ -1,0 +1,109 @@
+"""What a rule is: a code, a name and a pure function from facts to outcomes, kept in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from enstack_lightning.checkpoint.facts import Facts
+
+
+class Severity(StrEnum):
+    """How much a finding matters: an `error` fails a verification, a `warning` does under `--strict`."""
+
+    PASS = "pass"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may set.
+
+    Attributes:
+        tolerance: optimizer steps by which actual and expected may differ. None: exact where the checkpoint has
+            exact counters, else `max(20, batches_per_epoch // 10)`.
+        min_lr: learning rates below this are suspicious.
+        max_lr: learning rates above this are suspicious. None: twice the initial learning rate.
+    """
+
+    tolerance: int | None = None
+    min_lr: float = 1e-8
+    max_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule says of one thing it looked at."""
+
+    severity: Severity
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An outcome with the code and name of its rule."""
+
+    code: str
+    name: str
+    severity: Severity
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+Check = Callable[[Facts, Options], Iterable[Outcome]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One check with its stable code and name; the function's docstring is its documentation."""
+
+    code: str
+    name: str
+    check: Check
+
+    def findings(self, facts: Facts, options: Options) -> list[Finding]:
+        return [
+            Finding(self.code, self.name, o.severity, o.message, o.where, o.hint) for o in self.check(facts, options)
+        ]
+
+
+RULES: dict[str, Rule] = {}
+"""Every rule by its code."""
+
+
+def rule(code: str, name: str) -> Callable[[Check], Check]:
+    """Puts a check into the table of rules."""
+
+    def register(check: Check) -> Check:
+        if code in RULES or not check.__doc__:
+            raise ValueError(f"rule {code} is there twice or has no docstring")
+        RULES[code] = Rule(code, name, check)
+        return check
+
+    return register
+
+
+def passed(message: str, where: str = "") -> Outcome:
+    """Looked at and found right."""
+    return Outcome(Severity.PASS, message, where)
+
+
+def info(message: str, where: str = "", hint: str = "") -> Outcome:
+    """Worth knowing, neither right nor wrong."""
+    return Outcome(Severity.INFO, message, where, hint)
+
+
+def warning(message: str, where: str = "", hint: str = "") -> Outcome:
+    """Probably wrong; resuming is possible."""
+    return Outcome(Severity.WARNING, message, where, hint)
+
+
+def error(message: str, where: str = "", hint: str = "") -> Outcome:
+    """Wrong; resuming would fail or do harm."""
+    return Outcome(Severity.ERROR, message, where, hint)

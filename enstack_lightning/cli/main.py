@@ -1,0 +1,70 @@
+"""`enstack`: finds the command and hands over to it. Light commands import no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from enstack_lightning import __version__
+from enstack_lightning.errors import EnStackError
+
+EXIT_FAILED = 1
+EXIT_WRONG_CALL = 2
+EXIT_INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    """One command: what it does, in a line, and the module whose `main(argv)` runs it."""
+
+    summary: str
+    module: str
+
+
+COMMANDS = {
+    "fit": Command("train a classifier, or resume training from a checkpoint", "enstack_lightning.cli.training"),
+    "validate": Command("evaluate a checkpoint on the validation split", "enstack_lightning.cli.training"),
+    "test": Command("evaluate a checkpoint on the test split", "enstack_lightning.cli.training"),
+    "predict": Command("classify functions with a checkpoint", "enstack_lightning.cli.training"),
+    "verify": Command("check a checkpoint, or a folder of them, without loading it", "enstack_lightning.cli.verify"),
+    "export": Command("turn a .ckpt into an EnStack or Hugging Face folder", "enstack_lightning.cli.export"),
+    "demo": Command("train offline, be killed, verify what is left, resume", "enstack_lightning.cli.demo"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 failed, 2 the call itself is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else EXIT_WRONG_CALL
+    if name == "--version":
+        print(f"enstack {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"enstack: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_WRONG_CALL
+    try:
+        return int(import_module(COMMANDS[name].module).main(arguments))
+    except EnStackError as e:
+        print(f"enstack {name}: {e}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"enstack {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: enstack COMMAND ...",
+        "",
+        "Checkpoint verification and safe resume for PyTorch Lightning.",
+        "",
+        *(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "enstack COMMAND --help says more. Exit status: 0 done, 1 failed, 2 the call itself is wrong.",
+    ]
+    return "\n".join(lines)
