@@ -196,8 +196,10 @@ class VulnerabilityClassifier(LightningModule):
         # without this line the run would have no dropout.
         network.train(self.training)
         if options["gradient_checkpointing"]:
-            recompute = {"use_reentrant": False}
-            network.gradient_checkpointing_enable(recompute)  # type: ignore[no-untyped-call]
+            # The second name is that of transformers before 5.23, deprecated since.
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            network.config.use_cache = False  # an encoder has no cache, but transformers would warn of it
         if options["compile"]:
             network.compile()
         self.model = network
@@ -334,10 +336,10 @@ class VulnerabilityClassifier(LightningModule):
             return
         table = confusion_table(self.confusion_matrix, self.label_names)
         rank_zero_info(f"Confusion matrix:\n{table}")
-        tag = f"{self.trainer.state.fn.value}/confusion_matrix"
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 indented = table.replace("\n", "\n    ")  # four spaces keep the columns in TensorBoard's Markdown
+                tag = f"{metrics.prefix}confusion_matrix"
                 logger.experiment.add_text(tag, f"    {indented}", self.global_step)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
