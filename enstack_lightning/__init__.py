@@ -20,15 +20,38 @@ _HOMES = {
     "EnStackError": "enstack_lightning.errors",
     "CheckpointError": "enstack_lightning.errors",
     "CheckpointGuardError": "enstack_lightning.errors",
+    "CheckpointNotFoundError": "enstack_lightning.errors",
     "DataError": "enstack_lightning.errors",
+    "ModelError": "enstack_lightning.errors",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "CheckpointError",
+    "CheckpointGuard",
+    "CheckpointGuardError",
+    "CheckpointNotFoundError",
+    "DataError",
+    "EnStackError",
+    "ModelError",
+    "VulnerabilityClassifier",
+    "VulnerabilityDataModule",
+    "__version__",
+    "find_last_good",
+    "quick_verify_checkpoint",
+    "verify_checkpoint",
+]
 
 if TYPE_CHECKING:
     from enstack_lightning.checkpoint import find_last_good, quick_verify_checkpoint, verify_checkpoint
     from enstack_lightning.data import VulnerabilityDataModule
-    from enstack_lightning.errors import CheckpointError, CheckpointGuardError, DataError, EnStackError
+    from enstack_lightning.errors import (
+        CheckpointError,
+        CheckpointGuardError,
+        CheckpointNotFoundError,
+        DataError,
+        EnStackError,
+        ModelError,
+    )
     from enstack_lightning.guard import CheckpointGuard
     from enstack_lightning.model import VulnerabilityClassifier
 

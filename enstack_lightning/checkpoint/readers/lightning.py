@@ -44,7 +44,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
         fields=field_types(checkpoint),
         tensors=tensors_of(checkpoint.get("state_dict")),
-        progress=_progress(checkpoint),
+        progress=progress_facts(checkpoint),
         optimizers=optimizers_of(checkpoint.get("optimizer_states"), read_scalar),
         schedulers=schedulers_of(checkpoint.get("lr_schedulers")),
         run=run_facts(at(guard, ["run"])),
@@ -68,7 +68,8 @@ def run_facts(recorded: object) -> RunFacts:
     )
 
 
-def _progress(checkpoint: Mapping[str, Any]) -> ProgressFacts:
+def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:
+    """Progress by the counters under `loops`, and by the entries `epoch` and `global_step`."""
     loop = at(checkpoint, ["loops", "fit_loop"])
     batches = at(loop, ["epoch_loop.batch_progress"])
     step = at(loop, ["epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from enstack_lightning.checkpoint.facts import Facts
 
@@ -23,12 +24,14 @@ class Options:
     """What a user may set.
 
     Attributes:
+        purpose: what the checkpoint is wanted for. For `inference` only files, weights and safety are judged.
         tolerance: optimizer steps by which actual and expected may differ. None: exact where the checkpoint has
             exact counters, else `max(20, batches_per_epoch // 10)`.
         min_lr: learning rates below this are suspicious.
         max_lr: learning rates above this are suspicious. None: twice the initial learning rate.
     """
 
+    purpose: Literal["resume", "inference"] = "resume"
     tolerance: int | None = None
     min_lr: float = 1e-8
     max_lr: float | None = None

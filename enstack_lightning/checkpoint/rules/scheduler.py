@@ -122,4 +122,4 @@ def _on_schedule(scheduler: SchedulerFacts) -> str:
 
 
 def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-15)
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)

@@ -36,9 +36,12 @@ def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     (the last three are left out by `save_weights_only`, whose files serve inference only); an EnStack
     `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`.
     """
-    needed = _NEEDED.get(facts.format, {}) if facts.fields else {}
+    needed = _NEEDED.get(facts.format, {}) if facts.fields and not facts.live else {}
+    if options.purpose == "inference":
+        needed = {name: types for name, types in needed.items() if name == "state_dict"}
     missing = [name for name in needed if name not in facts.fields]
-    if facts.format is Format.LIGHTNING and {"optimizer_states", "loops"} & {*missing} and "state_dict" in facts.fields:
+    weights_only = {"optimizer_states", "loops"} & {*missing} and "state_dict" in facts.fields
+    if facts.format is Format.LIGHTNING and weights_only:
         yield error(
             "the checkpoint holds weights only: optimizer_states or loops are not in it, so training cannot resume",
             hint="Use it for validate, test or predict; resume from a checkpoint saved without save_weights_only.",
@@ -54,7 +57,7 @@ def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "Use another checkpoint.",
             )
     if needed and not missing:
-        yield passed(f"training state readable, with all {len(needed)} entries that a resume needs")
+        yield passed(f"training state readable, with all {len(needed)} entries that {options.purpose} needs")
 
 
 @rule("CK202", "optional-field")

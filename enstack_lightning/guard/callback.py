@@ -1,0 +1,153 @@
+"""`CheckpointGuard`: refuses a bad checkpoint before it is loaded, and says what resuming from a good one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from enstack_lightning.checkpoint import (
+    Facts,
+    Options,
+    Report,
+    Severity,
+    Verdict,
+    failure_of,
+    report_on,
+    verify_checkpoint,
+)
+from enstack_lightning.errors import CheckpointGuardError
+from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
+from enstack_lightning.guard.resume_report import resume_lines
+from enstack_lightning.guard.rng import capture_random_state, restore_random_state
+
+STATE_VERSION = 1
+
+
+class CheckpointGuard(Callback):
+    """Guards a Trainer against bad checkpoints; works in any Trainer, with any LightningModule.
+
+    Before a checkpoint is loaded, its file is verified: nothing of it is deserialised until it has passed. Once loops,
+    optimizers and schedulers are restored, their steps and learning rates are compared with each other, and the log
+    says what resuming does. An error stops the run with `CheckpointGuardError`; a warning is logged and the run goes
+    on.
+
+    Random state is saved in every checkpoint and restored before the first batch after a resume.
+
+    Args:
+        strict: stop at warnings too.
+        step_tolerance: optimizer steps by which actual and expected may differ. Default: none where the checkpoint
+            has exact counters, else `max(20, batches_per_epoch // 10)`.
+        lr_bounds: lowest and highest learning rate to go on with. Default: 1e-8 and twice the initial one.
+
+    Attributes:
+        report: the report on the last checkpoint judged; None before the first.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[CheckpointGuard()], logger=False, barebones=False)
+    """
+
+    def __init__(
+        self,
+        strict: bool = False,
+        step_tolerance: int | None = None,
+        lr_bounds: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if step_tolerance is not None and step_tolerance < 0:
+            raise CheckpointGuardError(f"step_tolerance is {step_tolerance} and must be 0 or more")
+        if lr_bounds is not None and not 0 <= lr_bounds[0] <= lr_bounds[1]:
+            raise CheckpointGuardError(f"lr_bounds are {lr_bounds} and must be two numbers, the lower one first")
+        self.strict = strict
+        self.report: Report | None = None
+        self._options = Options(tolerance=step_tolerance)
+        if lr_bounds is not None:
+            self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
+        self._loaded: Facts | None = None
+        self._configured_lrs: tuple[float, ...] = ()
+        self._run: dict[str, Any] = {}
+        self._random_state: dict[str, Any] | None = None
+
+    # Before loading
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None
+        self._random_state = None
+        inner = trainer.strategy.checkpoint_io
+        if isinstance(inner, GuardedCheckpointIO):
+            inner = inner.checkpoint_io
+        trainer.strategy.checkpoint_io = GuardedCheckpointIO(inner, lambda path: self._verify_file(trainer, path))
+
+    def _verify_file(self, trainer: Trainer, path: str) -> None:
+        if "://" in path or Path(path).is_dir():
+            rank_zero_warn(
+                f"CheckpointGuard cannot verify {path} before it is loaded: only local files are read so far"
+            )
+            return
+        self.report = verify_checkpoint(path, self._options_for(trainer))
+        self._stop_if_refused(self.report)
+
+    # After loading
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        path = str(trainer.ckpt_path)
+        loaded = loaded_facts(checkpoint, path)
+        self._stop_if_refused(report_on(lambda: loaded, path, self._options_for(trainer)))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._loaded = loaded
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._configured_lrs = learning_rates(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run = dataclasses.asdict(run_of(trainer))
+        if self._loaded is None:
+            return
+        path, loaded = str(trainer.ckpt_path), self._loaded
+        self.report = report_on(lambda: trainer_facts(trainer, path, loaded), path, self._options)
+        for line in resume_lines(self.report, self._configured_lrs, learning_rates(trainer)):
+            rank_zero_info(line)
+        self._stop_if_refused(self.report)
+        for finding in self.report.of(Severity.WARNING):
+            rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Creating the loader's iterator draws from the generators, so they are set right only now.
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None and not self._run:
+            done = self._loaded.progress
+            rank_zero_warn(
+                f"CheckpointGuard: resuming from {trainer.ckpt_path} trained nothing: {done.epochs_completed} epochs "
+                f"and {done.global_step} steps are done, and the Trainer has max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}. Raise one of them to train on."
+            )
+
+    # What is saved in every checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        run = {name: list(v) if isinstance(v, tuple) else v for name, v in self._run.items()}
+        return {"version": STATE_VERSION, "run": run, "versions": versions(), "random_state": capture_random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_state = state_dict.get("random_state")
+
+    def _options_for(self, trainer: Trainer) -> Options:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return self._options if fitting else dataclasses.replace(self._options, purpose="inference")
+
+    def _stop_if_refused(self, report: Report) -> None:
+        if report.verdict is Verdict.FAIL:
+            raise CheckpointGuardError(str(failure_of(report)))
+        if not report.accepted(self.strict):
+            warnings = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.WARNING))
+            raise CheckpointGuardError(f"checkpoint {report.path} has warnings, and strict is set: {warnings}")
