@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from enstack_lightning.guard.callback import CheckpointGuard
+from enstack_lightning.guard.recovery import RecoveryCheckpoint
 
-__all__ = ["CheckpointGuard"]
+__all__ = ["CheckpointGuard", "RecoveryCheckpoint"]

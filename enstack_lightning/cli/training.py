@@ -1,0 +1,228 @@
+"""`enstack fit|validate|test|predict`: LightningCLI around the classifier, its data and the guard.
+
+The order of things: the command line is parsed once to find `--ckpt_path`; that checkpoint is verified; what it was
+trained with becomes the defaults, below the config file and the command line; then everything is parsed again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from enstack_lightning.checkpoint import Options, failure_of, verify_checkpoint
+from enstack_lightning.cli.predictions import PredictionWriter
+from enstack_lightning.data import VulnerabilityDataModule
+from enstack_lightning.errors import CheckpointError, EnStackError
+from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
+from enstack_lightning.model import VulnerabilityClassifier
+
+DEFAULT_SEED = 42
+_CHECKPOINTS = ("best_model", "last_checkpoint", "recovery_checkpoint")
+_LINKED = {"model": {"vocab_size"}, "data": {"num_labels"}}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `enstack fit`, `validate`, `test` or `predict`."""
+    try:
+        EnStackCLI(data_path_spelled_out(argv))
+    except MisconfigurationException as e:
+        raise EnStackError(" ".join(str(e).split())) from e
+    return 0
+
+
+def data_path_spelled_out(argv: Sequence[str]) -> list[str]:
+    """`--data PATH` as `--data.path PATH`; a config file for the data module stays what it is.
+
+    Example:
+        >>> data_path_spelled_out(["fit", "--data", "some/folder"])
+        ['fit', '--data.path', 'some/folder']
+    """
+    arguments = [part for a in argv for part in (a.split("=", 1) if a.startswith("--data=") else [a])]
+    for i, value in enumerate(arguments[1:], start=1):
+        if arguments[i - 1] == "--data" and not value.lstrip().startswith("{") and not _is_config(value):
+            arguments[i - 1] = "--data.path"
+    return arguments
+
+
+class EnStackCLI(LightningCLI):
+    """LightningCLI with the classifier, its data module, the guard and three checkpoints.
+
+    Callbacks that are always there, each with options of its own: `checkpoint_guard`, `best_model` (highest `val/f1`),
+    `last_checkpoint` (every epoch's end), `recovery_checkpoint` (every N steps, removed when its epoch completes),
+    `learning_rate_monitor`.
+
+    Args:
+        args: the command line after `enstack`; None takes that of the process.
+
+    Raises:
+        EnStackError: the checkpoint, the data or an option cannot be used; the message says what to do.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        self._saved: Mapping[str, Any] = {}
+        super().__init__(
+            VulnerabilityClassifier,
+            VulnerabilityDataModule,
+            args=args,
+            seed_everything_default=DEFAULT_SEED,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            # Otherwise `hyper_parameters` names a function for load_from_checkpoint to import.
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "enstack", "description": "Fine-tunes a code encoder, safely."},
+        )
+
+    # Parsing
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(CheckpointGuard, "checkpoint_guard")
+        parser.add_lightning_class_args(ModelCheckpoint, "best_model")
+        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(RecoveryCheckpoint, "recovery_checkpoint")
+        parser.add_lightning_class_args(LearningRateMonitor, "learning_rate_monitor")
+        parser.set_defaults(
+            {
+                "best_model.filename": "best_model",
+                "best_model.monitor": "val/f1",
+                "best_model.mode": "max",
+                "best_model.save_on_train_epoch_end": True,
+                "last_checkpoint.filename": "last_checkpoint",
+                "last_checkpoint.save_on_train_epoch_end": True,
+            }
+        )
+        parser.link_arguments("model.num_labels", "data.num_labels")
+        parser.link_arguments("data.vocab_size", "model.vocab_size")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", default="predictions.jsonl", help="JSON Lines file for the predictions")
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        subcommand = self.config.subcommand
+        path = self.config[subcommand].get("ckpt_path")
+        if not path or path in ("last", "best", "hpc") or "://" in path:
+            return  # the Trainer finds out which file that is, and the guard verifies it then
+        self._saved = _verified_entries(path, subcommand, self.config[subcommand].checkpoint_guard)
+        self._subcommand_parsers[subcommand].set_defaults(_saved_options(self._saved))
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would load the whole checkpoint here, and let it override the command line."""
+
+    # Instantiation
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.data.tokenizer is None and config.model.pretrained:
+            config.data.tokenizer = config.model.model_name_or_path
+        for name in _CHECKPOINTS:
+            if config[name].dirpath is None:
+                config[name].dirpath = str(Path(config.trainer.default_root_dir or ".") / "checkpoints")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        on_terminal = sys.stdout.isatty()
+        trainer = self.config_init[self.subcommand].trainer
+        callbacks = [*(trainer.callbacks or []), EpochLines()]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(self.config_init.predict.output, self.model.label_names))
+        if trainer.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = on_terminal
+        if on_terminal and trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        if trainer.logger is None:
+            kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name=None, version="logs")
+        instance: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        return instance
+
+    def after_instantiate_classes(self) -> None:
+        self.datamodule.load_state_dict(dict(self._saved.get(VulnerabilityDataModule.__qualname__) or {}))
+
+    # Running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as e:
+            if not str(e).startswith("Error(s) in loading state_dict"):
+                raise
+            raise CheckpointError(_mismatch(str(e), self.config[subcommand].ckpt_path)) from e
+
+
+class EpochLines(Callback):
+    """One line an epoch, which reads well in a log file and above a progress bar."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        shown = ("train/loss", "val/loss", "val/f1", "val/accuracy")
+        figures = "  ".join(f"{k} {trainer.callback_metrics[k]:.4f}" for k in shown if k in trainer.callback_metrics)
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        if trainer.is_global_zero:
+            trainer.print(
+                f"epoch {trainer.current_epoch + 1}{of}  step {trainer.global_step:,}  {figures}  "
+                f"{time.perf_counter() - self._began:.1f} s",
+                flush=True,
+            )
+
+
+def _verified_entries(path: str, subcommand: str, guard: Any) -> Mapping[str, Any]:
+    """The plain entries of a checkpoint that has passed verification; weights stay on disk, mapped.
+
+    Raises:
+        CheckpointError: The checkpoint has errors.
+    """
+    options = Options(purpose="resume" if subcommand == "fit" else "inference", tolerance=guard.step_tolerance)
+    report = verify_checkpoint(path, options)
+    if not report.accepted(strict=False):
+        raise failure_of(report)
+    if not Path(path).is_file():
+        raise CheckpointError(f"checkpoint {path} is a folder; resume from a Lightning .ckpt file")
+    entries: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return entries
+
+
+def _saved_options(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run that saved, by their names on the command line."""
+    groups = {
+        "model": (VulnerabilityClassifier, entries.get("hyper_parameters")),
+        "data": (VulnerabilityDataModule, entries.get("datamodule_hyper_parameters")),
+    }
+    return {
+        f"{group}.{name}": value
+        for group, (kind, options) in groups.items()
+        for name, value in (options or {}).items()
+        if name in signature(kind).parameters and name not in _LINKED[group]
+    }
+
+
+def _mismatch(message: str, path: object) -> str:
+    lines = [line.strip() for line in message.splitlines()[1:] if line.strip()]
+    more = f" and {len(lines) - 1:,} more" if len(lines) > 1 else ""
+    first = lines[0].rstrip(".") if lines else message
+    return (
+        f"checkpoint {path} does not fit the model: {first}{more}. "
+        "Use the model options of the run that saved it, or leave them out to take them from the checkpoint."
+    )
+
+
+def _is_config(value: str) -> bool:
+    return value.startswith("-") or (value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_dir())

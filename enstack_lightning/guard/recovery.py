@@ -1,0 +1,42 @@
+"""`RecoveryCheckpoint`: a checkpoint inside the epoch, for the time between two checkpoints of an epoch's end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class RecoveryCheckpoint(ModelCheckpoint):
+    """Saves every N optimizer steps under one name, and removes the file once a younger checkpoint stands.
+
+    Put it after the other checkpoint callbacks: at an epoch's end they save first, and only then is the recovery
+    checkpoint removed.
+
+    Args:
+        dirpath: folder to save in; None for the run's own.
+        filename: name of the file, without its suffix.
+        every_n_train_steps: optimizer steps between two saves.
+
+    Example:
+        >>> RecoveryCheckpoint(every_n_train_steps=100).filename
+        'recovery_checkpoint'
+    """
+
+    def __init__(
+        self, dirpath: str | None = None, filename: str = "recovery_checkpoint", every_n_train_steps: int = 500
+    ) -> None:
+        super().__init__(dirpath=dirpath, filename=filename, every_n_train_steps=every_n_train_steps)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        path = self.best_model_path
+        if path and trainer.is_global_zero and self._superseded(trainer, Path(path)):
+            trainer.strategy.remove_checkpoint(path)
+
+    def _superseded(self, trainer: Trainer, path: Path) -> bool:
+        """Whether another callback has saved since; a checkpoint is never removed before its successor stands."""
+        others = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
+        saved = [Path(p) for c in others for p in (c.best_model_path, c.last_model_path) if p]
+        return path.is_file() and any(p.is_file() and p.stat().st_mtime >= path.stat().st_mtime for p in saved)
