@@ -69,7 +69,7 @@ class EnStackCLI(LightningCLI):
         EnStackError: the checkpoint, the data or an option cannot be used; the message says what to do.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         self._saved: Mapping[str, Any] = {}
         super().__init__(
             VulnerabilityClassifier,
@@ -168,6 +168,9 @@ class EpochLines(Callback):
 
     def __init__(self) -> None:
         self._began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()  # a resume inside an epoch has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()

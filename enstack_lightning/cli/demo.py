@@ -1,0 +1,100 @@
+"""`enstack demo`: the whole job in a few minutes, offline: train, be killed, verify what is left, resume, test.
+
+Every step is the real command in a process of its own, printed before it runs; the kill is a real SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from enstack_lightning.checkpoint import find_last_good
+from enstack_lightning.errors import CheckpointError, EnStackError
+
+DEMO_SECONDS = 300
+_POLL_SECONDS = 0.05
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `enstack demo`; the status is 0 only if every step did what it must."""
+    arguments = _parser().parse_args(argv[1:])
+    config, folder = Path(arguments.config), Path(arguments.folder)
+    if not config.is_file():
+        raise EnStackError(f"{config} does not exist; run the demo from the root of the project, or name --config")
+    _clear(folder)
+    fit = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder)]
+
+    _say("1. Train, and be killed with SIGKILL in the middle of an epoch")
+    _run_until_killed(fit, folder / "checkpoints")
+
+    _say("2. Verify what is left")
+    _run(["verify", str(folder)])
+    last_good = find_last_good(folder)
+    if last_good is None:
+        raise CheckpointError(f"nothing below {folder} can be resumed from")
+    print(f"last good checkpoint: {last_good.path}", flush=True)
+
+    _say("3. Resume from it")
+    _run([*fit, "--ckpt_path", last_good.path])
+
+    _say("4. Verify the finished run")
+    best = str(folder / "checkpoints" / "best_model.ckpt")
+    _run(["verify", best, "--strict"])
+
+    _say("5. Final metrics on the test split")
+    _run(["test", "--config", str(config), "--trainer.default_root_dir", str(folder), "--ckpt_path", best])
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    status = subprocess.run(_command(arguments), check=False).returncode
+    if status != 0:
+        raise EnStackError(f"enstack {shlex.join(arguments)} ended with status {status}")
+
+
+def _run_until_killed(arguments: Sequence[str], checkpoints: Path) -> None:
+    """Kills the run once an epoch is complete and a recovery checkpoint of the next one stands."""
+    process = subprocess.Popen(_command(arguments))
+    deadline = time.monotonic() + DEMO_SECONDS
+    try:
+        while not all((checkpoints / name).exists() for name in ("last_checkpoint.ckpt", "recovery_checkpoint.ckpt")):
+            if process.poll() is not None:
+                raise EnStackError(f"training ended with status {process.returncode} before it could be killed")
+            if time.monotonic() > deadline:
+                raise EnStackError(f"no recovery checkpoint after {DEMO_SECONDS} s in {checkpoints}")
+            time.sleep(_POLL_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    print(f"killed: process {process.pid} ended by signal {-process.returncode}", flush=True)
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    print(f"$ enstack {shlex.join(arguments)}", flush=True)
+    return [sys.executable, "-m", "enstack_lightning", *arguments]
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier demo left, and nothing else."""
+    if folder.exists():
+        if any(entry.name not in ("checkpoints", "logs") for entry in folder.iterdir()):
+            raise EnStackError(f"{folder} holds more than an earlier demo's run; name an empty folder by --folder")
+        for name in ("checkpoints", "logs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _say(title: str) -> None:
+    print(f"\n=== {title}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="enstack demo", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", default="configs/demo.yaml", help="config of the run (default: %(default)s)")
+    parser.add_argument("--folder", default="runs/demo", help="folder of the run (default: %(default)s)")
+    return parser
