@@ -27,6 +27,7 @@ from enstack_lightning.data.tokenization import (
     load_tokenizer,
     tokenize_rows,
     tokenizer_digest,
+    tokenizer_from_json,
     tokenizer_json,
     train_tokenizer,
 )
@@ -130,14 +131,16 @@ class VulnerabilityDataModule(LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer; it is loaded, or trained, on first use."""
+        """The tokenizer; on first use it is loaded, taken from the checkpoint that was loaded, or trained."""
         if self._tokenizer is None:
             name, max_length = self.hparams["tokenizer"], self.hparams["max_length"]
-            if name is None:
+            if name is not None:
+                self._tokenizer = load_tokenizer(name, max_length)
+            elif text := self._restored.get("tokenizer_json"):
+                self._tokenizer = tokenizer_from_json(text, max_length)
+            else:
                 rows = self._open_rows("train")
                 self._tokenizer = train_tokenizer(rows, self.hparams["vocab_size"], max_length, self._cache)
-            else:
-                self._tokenizer = load_tokenizer(name, max_length)
         return self._tokenizer
 
     @property
@@ -218,7 +221,10 @@ class VulnerabilityDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares a checkpoint's tokenizer and data with this module's, now or, before `setup`, then.
+        """Takes over a checkpoint's tokenizer, or compares it and the data with this module's.
+
+        Before `setup`, a tokenizer that was trained for the checkpoint is used here too, so that other data, even
+        without a training split, can be predicted.
 
         Raises:
             DataError: If the tokenizer is another one, whose token ids mean other tokens to the weights.

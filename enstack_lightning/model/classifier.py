@@ -380,7 +380,7 @@ class VulnerabilityClassifier(LightningModule):
 
     def _attached_tokenizer(self) -> PreTrainedTokenizerBase | None:
         datamodule = getattr(self._trainer, "datamodule", None)
-        return getattr(datamodule, "tokenizer_", None)
+        return getattr(datamodule, "tokenizer", None)
 
     def _balanced_class_weight(self) -> Tensor:
         datamodule: Any = getattr(self.trainer, "datamodule", None)

@@ -119,7 +119,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def test_save_pretrained_takes_the_tokenizer_given_or_attached(tmp_path: Path) -> None:
     classifier = tiny_classifier()
     data = CountingDataModule(TokenRows(8))
-    data.tokenizer_ = word_tokenizer()
+    data.tokenizer = word_tokenizer()
     short_trainer(tmp_path, max_steps=1).fit(classifier, datamodule=data)
     attached = classifier.save_pretrained(tmp_path / "attached")
     given = classifier.save_pretrained(tmp_path / "given", tokenizer=word_tokenizer())
