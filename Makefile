@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types benchmark clean
+.PHONY: demo test lint types faults benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/enstack demo
@@ -18,6 +18,9 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m faults_long tests/faults
 
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     _clear(folder)
     fit = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder)]
 
-    _say("1. Train, and be killed with SIGKILL in the middle of an epoch")
+    _say("1. Train, verify the first checkpoint, and be killed with SIGKILL in the middle of an epoch")
     _run_until_killed(fit, folder / "checkpoints")
 
     _say("2. Verify what is left")
@@ -59,20 +59,35 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _run_until_killed(arguments: Sequence[str], checkpoints: Path) -> None:
-    """Kills the run once an epoch is complete and a recovery checkpoint of the next one stands."""
+    """Verifies the checkpoint of the first epoch's end, and kills the run once it has saved inside a later one."""
     process = subprocess.Popen(_command(arguments))
-    deadline = time.monotonic() + DEMO_SECONDS
     try:
-        while not all((checkpoints / name).exists() for name in ("last_checkpoint.ckpt", "recovery_checkpoint.ckpt")):
-            if process.poll() is not None:
-                raise EnStackError(f"training ended with status {process.returncode} before it could be killed")
-            if time.monotonic() > deadline:
-                raise EnStackError(f"no recovery checkpoint after {DEMO_SECONDS} s in {checkpoints}")
-            time.sleep(_POLL_SECONDS)
+        first = checkpoints / "last_checkpoint.ckpt"
+        _wait_for(process, first, since=0.0)
+        _run(["verify", str(first)])
+        _wait_for(process, checkpoints / "recovery_checkpoint.ckpt", since=time.time())
     finally:
         process.kill()
         process.wait()
     print(f"killed: process {process.pid} ended by signal {-process.returncode}", flush=True)
+
+
+def _wait_for(process: subprocess.Popen[bytes], file: Path, since: float) -> None:
+    """Waits until the training process has written `file` after the time `since`, in seconds since the epoch."""
+    deadline = time.monotonic() + DEMO_SECONDS
+    while _written_at(file) <= since:
+        if process.poll() is not None:
+            raise EnStackError(f"training ended with status {process.returncode} before it could be killed")
+        if time.monotonic() > deadline:
+            raise EnStackError(f"no {file} after {DEMO_SECONDS} s of training")
+        time.sleep(_POLL_SECONDS)
+
+
+def _written_at(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # also one that training has just removed
+        return 0.0
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
@@ -94,7 +109,10 @@ def _say(title: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="enstack demo", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="enstack demo",
+        description="Trains offline, is killed, verifies what is left, resumes and tests, in a few minutes.",
+    )
     parser.add_argument("--config", default="configs/demo.yaml", help="config of the run (default: %(default)s)")
     parser.add_argument("--folder", default="runs/demo", help="folder of the run (default: %(default)s)")
     return parser

@@ -6,8 +6,10 @@ trained with becomes the defaults, below the config file and the command line; t
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -34,6 +36,7 @@ _LINKED = {"model": {"vocab_size"}, "data": {"num_labels"}}
 
 def main(argv: Sequence[str]) -> int:
     """Runs `enstack fit`, `validate`, `test` or `predict`."""
+    _silence_what_users_cannot_act_on()
     try:
         EnStackCLI(data_path_spelled_out(argv))
     except MisconfigurationException as e:
@@ -225,6 +228,13 @@ def _mismatch(message: str, path: object) -> str:
         f"checkpoint {path} does not fit the model: {first}{more}. "
         "Use the model options of the run that saved it, or leave them out to take them from the checkpoint."
     )
+
+
+def _silence_what_users_cannot_act_on() -> None:
+    """Deprecations inside torchdata and Lightning, and Lightning's advertisements."""
+    warnings.filterwarnings("ignore", ".*set_vital.* is deprecated")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.msg)
 
 
 def _is_config(value: str) -> bool:

@@ -23,6 +23,7 @@ from enstack_lightning.checkpoint import (
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
+from enstack_lightning.guard.loader_position import restore_loader_position
 from enstack_lightning.guard.resume_report import resume_lines
 from enstack_lightning.guard.rng import capture_random_state, restore_random_state
 
@@ -37,7 +38,8 @@ class CheckpointGuard(Callback):
     says what resuming does. An error stops the run with `CheckpointGuardError`; a warning is logged and the run goes
     on.
 
-    Random state is saved in every checkpoint and restored before the first batch after a resume.
+    Random state is saved in every checkpoint and restored before the first batch after a resume, and so is the position
+    of a training loader that has one (torchdata's `StatefulDataLoader`).
 
     Args:
         strict: stop at warnings too.
@@ -106,6 +108,8 @@ class CheckpointGuard(Callback):
         self._configured_lrs = learning_rates(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:
+            restore_loader_position(trainer)
         self._run = dataclasses.asdict(run_of(trainer))
         if self._loaded is None:
             return
