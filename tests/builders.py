@@ -97,14 +97,14 @@ def enstack_folder(
     folder: Path,
     epoch: int = 2,
     step: int = 0,
-    total_batches: int = 10,
+    batches: int = 10,
     optimizer_steps: int | None = None,
     weights: str = "model.safetensors",
     **state: Any,
 ) -> Path:
     """An EnStack checkpoint whose optimizer and scheduler have really stepped; a `state` entry of `...` is left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = (epoch if step == 0 else epoch - 1) * total_batches + step
+    done = (epoch if step == 0 else epoch - 1) * batches + step
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / 10_000)
@@ -115,7 +115,7 @@ def enstack_folder(
     entries = {
         "epoch": epoch,
         "step": step,
-        "total_batches": total_batches,
+        "total_batches": batches,
         "best_val_f1": 0.71,
         "best_val_acc": 0.73,
         "optimizer_state_dict": optimizer.state_dict(),

@@ -68,6 +68,7 @@ class ParamGroupFacts:
 
     Attributes:
         params: the ids of its parameters in the optimizer's state.
+        max_lr: the peak of its schedule, where the schedule has written it there (`OneCycleLR`).
         keeps_moments: whether its options are those of an optimizer that has state after its first step
             (Adam's `betas`, a `momentum` above 0).
     """
@@ -75,6 +76,7 @@ class ParamGroupFacts:
     params: tuple[int, ...]
     lr: float | None
     initial_lr: float | None
+    max_lr: float | None
     keeps_moments: bool
 
 

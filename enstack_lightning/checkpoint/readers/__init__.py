@@ -16,9 +16,12 @@ def read_facts(path: Path) -> Facts:
 
     Never raises for what a file holds: what cannot be read or recognised is a defect in the facts.
     """
-    if path.is_dir():
+    try:
+        if not path.is_dir():
+            return read_lightning(path)
         if is_enstack_folder(path):
             return read_enstack_folder(path)
         defect = Defect(DefectKind.UNRECOGNISED, str(path), "the folder holds none of the files of a checkpoint")
-        return Facts(str(path), defects=(defect,))
-    return read_lightning(path)
+    except PermissionError as e:
+        defect = Defect(DefectKind.UNREADABLE, str(path), f"it cannot be read: {e.strerror}")
+    return Facts(str(path), defects=(defect,))

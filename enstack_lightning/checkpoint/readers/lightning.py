@@ -111,10 +111,10 @@ def _batches_per_epoch(
     """The epoch's length where the counters prove it: its last batch is done, or whole epochs lie before it."""
     if is_last_batch is True and processed and processed == begun:
         return processed
-    if None in (processed, trained, epochs_completed, epochs_begun) or not epochs_completed:
+    if processed is None or trained is None or epochs_begun is None or not epochs_completed:
         return None
-    earlier = trained - processed if epochs_begun > epochs_completed else trained  # type: ignore[operator]
-    return earlier // epochs_completed if earlier and earlier % epochs_completed == 0 else None
+    earlier = trained - processed if epochs_begun > epochs_completed else trained
+    return earlier // epochs_completed if earlier > 0 and earlier % epochs_completed == 0 else None
 
 
 def _guard_state(callbacks: object) -> Any:

@@ -54,6 +54,7 @@ def _group_of(group: Mapping[str, Any]) -> ParamGroupFacts:
         params=tuple(params) if isinstance(params, list) else (),
         lr=number(group.get("lr")),
         initial_lr=number(group.get("initial_lr")),
+        max_lr=number(group.get("max_lr")),
         keeps_moments="betas" in group or bool(momentum),
     )
 

@@ -42,7 +42,8 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 @rule("CK502", "learning-rate-out-of-bounds")
 def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """The learning rate that training continues with is below 1e-8 or above twice the initial one.
+    """The learning rate that training continues with is below 1e-8, or above twice the initial one and twice
+    the peak that its schedule names (`OneCycleLR`).
 
     A rate of 0 at the start of a warm-up and at the end of a finished run is what the schedule gives.
     """
@@ -53,8 +54,8 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
         for group in optimizer.groups:
             if group.lr is None:
                 continue
-            initial = group.initial_lr
-            highest = options.max_lr if options.max_lr is not None else 2 * initial if initial else math.inf
+            peak = max(group.initial_lr or 0.0, group.max_lr or 0.0)
+            highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
             if group.lr < options.min_lr and not finished and not at_start:
                 yield warning(
                     f"learning rate {group.lr:.2e} of optimizer {number} is below {options.min_lr:.0e}: training would "

@@ -1,0 +1,183 @@
+"""Reading: what a file says is found in the facts, nothing is executed, and torch stays out of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import BATCHES, edited, enstack_folder
+
+import enstack_lightning
+from enstack_lightning.checkpoint import (
+    Severity,
+    Verdict,
+    find_checkpoints,
+    find_last_good,
+    quick_verify_checkpoint,
+    verify_checkpoint,
+)
+from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES
+from enstack_lightning.checkpoint.rules.safety import ALLOWED_GLOBALS
+from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
+
+PACKAGE = Path(enstack_lightning.__file__).parent
+
+
+def test_the_facts_are_those_that_torch_loads(trained: Path) -> None:
+    path = trained / "step=7.ckpt"
+    facts, loaded = verify_checkpoint(path).facts, torch.load(path, weights_only=True)
+    assert {t.name: (f"torch.{t.dtype}", t.shape) for t in facts.tensors} == {
+        name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in loaded["state_dict"].items()
+    }
+    (optimizer,) = facts.optimizers or ()
+    states = loaded["optimizer_states"][0]
+    assert optimizer.steps == {key: state["step"].item() for key, state in states["state"].items()}
+    assert optimizer.groups[0].lr == states["param_groups"][0]["lr"]
+    (scheduler,) = facts.schedulers or ()
+    assert scheduler.last_lr == tuple(loaded["lr_schedulers"][0]["_last_lr"])
+    assert (facts.progress.epoch, facts.progress.global_step) == (loaded["epoch"], loaded["global_step"]) == (1, 7)
+    assert facts.batches_per_epoch == BATCHES
+    assert facts.versions["torch"] == torch.__version__
+    assert facts.loader_position
+
+
+def test_tensors_of_every_dtype_are_read(tmp_path: Path, trained: Path) -> None:
+    dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
+    names = {str(d).removeprefix("torch.") for d in dtypes} & set(DTYPE_BYTES) - {"quint8", "qint8", "qint32"}
+    assert len(names) > 18
+    tensors = {name: torch.zeros(3, 2).to(getattr(torch, name)) for name in sorted(names - {"float8_e8m0fnu"})}
+    path = edited(trained / "step=7.ckpt", tmp_path / "t.ckpt", lambda c: c.update(state_dict=tensors))
+    report = verify_checkpoint(path)
+    assert report.verdict is Verdict.PASS, report.of(Severity.ERROR)
+    assert {t.name: t.dtype for t in report.facts.tensors} == {name: name for name in tensors}
+
+
+def test_odd_tensors_are_read(tmp_path: Path, trained: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "view": base[1:, ::2],
+        "transposed": base.t(),
+        "shared": base,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.5),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "expanded": torch.ones(1).expand(5),
+    }
+    path = edited(trained / "step=7.ckpt", tmp_path / "t.ckpt", lambda c: c.update(state_dict=tensors))
+    report = verify_checkpoint(path)
+    assert report.verdict is Verdict.PASS, report.of(Severity.ERROR)
+    assert {t.name: t.shape for t in report.facts.tensors} == {n: tuple(t.shape) for n, t in tensors.items()}
+
+
+def test_the_allowed_globals_are_exactly_those_of_the_installed_torch() -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    assert set(_get_allowed_globals()) == ALLOWED_GLOBALS
+
+
+def test_verifying_imports_no_torch_and_takes_no_part_of_lightning(trained: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from enstack_lightning.cli.main import main\n"
+        "status = main(['verify', *sys.argv[1:]])\n"
+        "heavy = {'torch', 'lightning', 'pytorch_lightning', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    paths = [str(trained / "step=7.ckpt"), str(enstack_folder(tmp_path / "c"))]
+    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("PASS") == 2
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = "import sys, enstack_lightning; sys.exit(bool({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+ALLOWED_IMPORTS = {
+    "checkpoint": {"checkpoint", "errors"},
+    "guard": {"guard", "checkpoint", "errors"},
+    "model": {"model", "errors"},
+    "data": {"data", "errors"},
+}
+CORE_PACKAGES = {"safetensors", "numpy", "isal", "blake3"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("room", ALLOWED_IMPORTS)
+def test_imports_go_in_one_direction(room: str) -> None:
+    files = sorted((PACKAGE / room).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in imported:
+                top, _, rest = name.partition(".")
+                if top == "enstack_lightning":
+                    assert rest.partition(".")[0] in ALLOWED_IMPORTS[room], f"{file} imports {name}"
+                elif room == "checkpoint":
+                    assert top in CORE_PACKAGES, f"{file} imports {name}"
+
+
+# The front door
+
+
+def test_quick_verification_raises_what_a_script_expects(trained: Path, tmp_path: Path) -> None:
+    assert quick_verify_checkpoint(trained / "step=7.ckpt").verdict is Verdict.PASS
+    with pytest.raises(CheckpointNotFoundError, match=r"nowhere\.ckpt.*it is missing") as missing:
+        quick_verify_checkpoint(tmp_path / "nowhere.ckpt")
+    assert isinstance(missing.value, FileNotFoundError)
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(CheckpointError, match=r"CK103 empty\.ckpt: it is empty \(0 bytes\)") as empty:
+        quick_verify_checkpoint(tmp_path / "empty.ckpt")
+    assert isinstance(empty.value, ValueError)
+
+
+def test_the_newest_good_checkpoint_has_the_most_steps_and_is_no_bad_one(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    for step in (3, 9, 11):
+        (run / f"s{step}.ckpt").write_bytes((trained / f"step={step}.ckpt").read_bytes())
+    (run / "s11.ckpt").write_bytes((run / "s11.ckpt").read_bytes()[:-1])
+    (run / "later.ckpt").symlink_to(run / "s9.ckpt")
+    (run / ".hidden.ckpt").write_bytes((trained / "step=12.ckpt").read_bytes())
+    (run / "readme.txt").write_text("no checkpoint")
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["s11.ckpt", "s3.ckpt", "s9.ckpt"]
+    best = find_last_good(tmp_path)
+    assert best is not None
+    assert Path(best.path) == run / "s9.ckpt"
+
+
+def test_enstack_folders_are_found_among_files(trained: Path, tmp_path: Path) -> None:
+    enstack_folder(tmp_path / "runs" / "checkpoint-2", epoch=2)
+    enstack_folder(tmp_path / "runs" / "checkpoint-3", epoch=3)
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    best = find_last_good(tmp_path)
+    assert best is not None
+    assert Path(best.path).name == "checkpoint-3"
+
+
+def test_a_folder_without_a_good_checkpoint_has_no_newest(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    assert find_last_good(tmp_path) is None
+
+
+def test_reports_are_plain_data(trained: Path) -> None:
+    from enstack_lightning.checkpoint import to_json
+
+    document = json.loads(to_json([verify_checkpoint(trained / "step=7.ckpt")]))
+    assert document["checkpoints"][0]["resume"] == {
+        "kind": "mid-epoch",
+        "epoch": 1,
+        "step": 2,
+        "global_step": 7,
+        "next_epoch": 1,
+        "next_batch": 2,
+        "batches_per_epoch": 5,
+        "optimizer_steps": 7,
+        "learning_rate": pytest.approx(1e-2 * (1 - 7 / 101)),
+    }
