@@ -39,6 +39,7 @@ _LOCATOR = struct.Struct("<4sIQI")
 _HAS_DESCRIPTOR = 0x0008
 _ALLOWED_FLAGS = 0x0800 | _HAS_DESCRIPTOR
 _ZIP64 = 0xFFFFFFFF
+_IS_FOLDER = 0x10
 
 
 class ContainerDefectError(ValueError):
@@ -213,15 +214,21 @@ class TorchFile:
             raise ContainerDefectError(
                 "truncated", f"the file ends after {self.size:,} bytes without the archive's directory: it was cut off"
             )
-        _, _, _, _, count, length, start, comment = _END.unpack(tail[-_END.size :])
+        _, disk, first_disk, count_here, count, length, start, comment = _END.unpack(tail[-_END.size :])
         end = self.size - _END.size
         if comment:
             raise ContainerDefectError("damaged", "the archive ends with a comment, which torch never writes")
         if tail[-_END.size - _LOCATOR.size :][:4] == b"PK\x06\x07":
-            _, _, end, _ = _LOCATOR.unpack(tail[-_END.size - _LOCATOR.size : -_END.size])
-            if end != self.size - tail_size or tail[:4] != b"PK\x06\x06":
+            narrow = (disk, first_disk, count_here, count, length, start)
+            _, locator_disk, end, disks = _LOCATOR.unpack(tail[-_END.size - _LOCATOR.size : -_END.size])
+            if end != self.size - tail_size or tail[:4] != b"PK\x06\x06" or (locator_disk, disks) != (0, 1):
                 raise ContainerDefectError("damaged", "the archive's zip64 directory is not where its locator says")
-            _, _, _, _, _, _, _, count, length, start = _END64.unpack(tail[: _END64.size])
+            _, rest, _, _, *wide = _END64.unpack(tail[: _END64.size])
+            disk, first_disk, count_here, count, length, start = wide
+            if rest != _END64.size - 12 or any(n not in (w, _ZIP64, 0xFFFF) for n, w in zip(narrow, wide, strict=True)):
+                raise ContainerDefectError("damaged", "the archive's zip64 directory disagrees with its short form")
+        if (disk, first_disk) != (0, 0) or count_here != count:
+            raise ContainerDefectError("damaged", "the archive's directory says that it is one part of several")
         if start + length != end or length > MAX_DIRECTORY_BYTES or count * _CENTRAL.size > length:
             raise ContainerDefectError(
                 "damaged",
@@ -301,9 +308,11 @@ def _central_entry(raw: bytes, at: int) -> tuple[Record, int]:
     size, compressed, offset = _zip64_values(extra, size, compressed, offset)
     if method != 0 or compressed != size:
         raise ContainerDefectError("damaged", f"record {name} is compressed; torch stores records as they are", name)
+    if entry[13] or comment_length or entry[15] & _IS_FOLDER:
+        raise ContainerDefectError("damaged", f"record {name} is said to be a folder, or of another archive", name)
     if flags & ~_ALLOWED_FLAGS:
         raise ContainerDefectError("damaged", f"record {name} has flags 0x{flags:04x}: encrypted or not of torch", name)
-    return Record(name, size, crc32, offset, flags), at + name_length + extra_length + comment_length
+    return Record(name, size, crc32, offset, flags), at + name_length + extra_length
 
 
 def _zip64_values(extra: bytes, *values: int) -> list[int]:
