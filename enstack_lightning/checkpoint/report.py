@@ -98,7 +98,7 @@ def to_text(report: Report) -> str:
     lines += ["", f"verdict     {_verdict_line(report)}"]
     if report.resume is not None and report.verdict is not Verdict.FAIL:
         lines.append(f"resume      {report.resume.sentence}")
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
 
 
 def _verdict_line(report: Report) -> str:
@@ -126,4 +126,9 @@ def to_table(reports: Sequence[Report], newest_good: Report | None) -> str:
     else:
         step = newest_good.resume.global_step if newest_good.resume else None
         lines.append(f"newest good  {newest_good.path}" + ("" if step is None else f" (global step {step:,})"))
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """The line without characters that would move a terminal's cursor or break a log: names come from the file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -66,7 +66,10 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def newest_good(reports: list[Report]) -> Report | None:
-    """Of the checkpoints that training can resume from, the one with the most steps; of equals the youngest file."""
+    """Of the checkpoints that training can resume from, the one with the most steps.
+
+    Of equals it is one without warnings, and then the youngest file.
+    """
     good = [r for r in reports if r.verdict is not Verdict.FAIL and r.resume is not None]
     return max(good, key=_age, default=None)
 
@@ -95,11 +98,11 @@ def report_on(
     return Report(path, facts, findings, plan, time.perf_counter() - began)
 
 
-def _age(report: Report) -> tuple[int, int, float]:
+def _age(report: Report) -> tuple[int, int, bool, float]:
     p = report.facts.progress
     done = (p.epochs_completed or 0, p.batches_in_epoch or 0)
     steps = p.global_step if p.global_step is not None else done[0] * (p.batches_per_epoch or 1) + done[1]
-    return steps, done[0], Path(report.path).stat().st_mtime
+    return steps, done[0], report.verdict is Verdict.PASS, Path(report.path).stat().st_mtime
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
