@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CheckpointGuard": "enstack_lightning.guard",
+    "RecoveryCheckpoint": "enstack_lightning.guard",
     "VulnerabilityClassifier": "enstack_lightning.model",
     "VulnerabilityDataModule": "enstack_lightning.data",
     "verify_checkpoint": "enstack_lightning.checkpoint",
@@ -33,6 +34,7 @@ __all__ = [
     "DataError",
     "EnStackError",
     "ModelError",
+    "RecoveryCheckpoint",
     "VulnerabilityClassifier",
     "VulnerabilityDataModule",
     "__version__",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
         EnStackError,
         ModelError,
     )
-    from enstack_lightning.guard import CheckpointGuard
+    from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
     from enstack_lightning.model import VulnerabilityClassifier
 
 

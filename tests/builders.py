@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from enstack_lightning.data.loaders import TrainingSampler
 from enstack_lightning.guard import CheckpointGuard
 
 ROWS, BATCH_SIZE = 20, 4
@@ -50,8 +51,10 @@ class TinyModule(LightningModule):
     def train_dataloader(self) -> StatefulDataLoader:
         features = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
         rows = TensorDataset(features, torch.arange(ROWS))
-        order = torch.Generator().manual_seed(7)
-        return StatefulDataLoader(rows, batch_size=BATCH_SIZE, shuffle=True, generator=order)
+        # torchdata's own shuffling goes on differently in the epoch after the one that is resumed.
+        order = TrainingSampler(ROWS, BATCH_SIZE, seed=7)
+        order.set_epoch(self.trainer.current_epoch)
+        return StatefulDataLoader(rows, batch_size=BATCH_SIZE, sampler=order, generator=torch.Generator())
 
 
 def quiet_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
