@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     _silence_what_users_cannot_act_on()
     try:
         EnStackCLI(data_path_spelled_out(argv))
-    except MisconfigurationException as e:
+    except (MisconfigurationException, ValueError) as e:
+        if isinstance(e, ValueError) and not _raised_in_lightning(e):
+            raise
         raise EnStackError(" ".join(str(e).split())) from e
     return 0
 
@@ -228,6 +232,12 @@ def _mismatch(message: str, path: object) -> str:
         f"checkpoint {path} does not fit the model: {first}{more}. "
         "Use the model options of the run that saved it, or leave them out to take them from the checkpoint."
     )
+
+
+def _raised_in_lightning(error: Exception) -> bool:
+    """Whether Lightning itself objected to an option, rather than code that it called."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def _silence_what_users_cannot_act_on() -> None:

@@ -335,7 +335,7 @@ class VulnerabilityClassifier(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             return
         table = confusion_table(self.confusion_matrix, self.label_names)
-        rank_zero_info(f"Confusion matrix:\n{table}")
+        self.print(f"Confusion matrix:\n{table}")
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 indented = table.replace("\n", "\n    ")  # four spaces keep the columns in TensorBoard's Markdown

@@ -86,7 +86,7 @@ def test_auroc_equals_macro_one_versus_rest() -> None:
     assert float(auroc.compute()) == pytest.approx(expected, abs=1e-6)
 
 
-def test_validate_logs_the_figures_of_the_whole_set(tmp_path: Path, info_lines: pytest.LogCaptureFixture) -> None:
+def test_validate_logs_the_figures_of_the_whole_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = TokenRows(30, num_labels=4)
     classifier = built_classifier()
     trainer = short_trainer(tmp_path)
@@ -99,7 +99,7 @@ def test_validate_logs_the_figures_of_the_whole_set(tmp_path: Path, info_lines: 
     matrix = sk.confusion_matrix(rows.labels, logits.argmax(dim=1), labels=range(5))
     assert classifier.confusion_matrix is not None
     assert classifier.confusion_matrix.tolist() == matrix.tolist()
-    assert confusion_table(torch.tensor(matrix), classifier.label_names) in info_lines.text
+    assert confusion_table(torch.tensor(matrix), classifier.label_names) in capsys.readouterr().out
 
 
 def test_test_run_logs_its_own_names(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_test_run_logs_its_own_names(tmp_path: Path) -> None:
     assert set(logged) == {f"test/{name}" for name in names}
 
 
-def test_fit_logs_training_and_validation_but_no_table(tmp_path: Path, info_lines: pytest.LogCaptureFixture) -> None:
+def test_fit_logs_training_and_validation_but_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classifier = tiny_classifier()
     trainer = short_trainer(tmp_path, max_epochs=1)
     trainer.fit(classifier, loader(TokenRows(12)), loader(TokenRows(12, seed=1)))
@@ -116,7 +116,7 @@ def test_fit_logs_training_and_validation_but_no_table(tmp_path: Path, info_line
     assert wanted <= set(trainer.callback_metrics)
     assert classifier.confusion_matrix is not None
     assert int(classifier.confusion_matrix.sum()) == 12
-    assert "Confusion matrix" not in info_lines.text
+    assert "Confusion matrix" not in capsys.readouterr().out
 
 
 def test_confusion_table_is_aligned() -> None:
