@@ -211,5 +211,5 @@ class Facts:
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Length of an epoch in batches, from the checkpoint's counters or else from the run that wrote it."""
-        return self.progress.batches_per_epoch or self.run.batches_per_epoch
+        """Length of an epoch in batches, as the run recorded it or else as the checkpoint's counters imply it."""
+        return self.run.batches_per_epoch or self.progress.batches_per_epoch

@@ -206,6 +206,15 @@ def test_an_odd_but_healthy_run_passes(kind: str, tmp_path: Path) -> None:
         assert report.verdict is Verdict.PASS, (path.name, report.of(Severity.ERROR), report.of(Severity.WARNING))
 
 
+def test_a_run_stopped_inside_an_epoch_is_not_taken_for_one_of_shorter_epochs(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=8)
+    trainer.fit(TinyModule())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    report = verify_checkpoint(tmp_path / "c.ckpt")
+    assert report.verdict is Verdict.PASS
+    assert report.facts.batches_per_epoch is None
+
+
 def test_weights_only_files_serve_inference_and_not_resume(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)).fit(TinyModule())
     path = tmp_path / "w.ckpt"

@@ -113,7 +113,9 @@ def _batches_per_epoch(
         return processed
     if processed is None or trained is None or epochs_begun is None or not epochs_completed:
         return None
-    earlier = trained - processed if epochs_begun > epochs_completed else trained
+    if epochs_begun <= epochs_completed:
+        return None  # stopped inside an epoch, by max_steps or early stopping: epochs of different length
+    earlier = trained - processed
     return earlier // epochs_completed if earlier > 0 and earlier % epochs_completed == 0 else None
 
 
