@@ -46,7 +46,7 @@ class ResumePlan:
         if self.kind == "not-resumable":
             return "training cannot resume from this checkpoint"
         if self.kind == "finished":
-            return f"training is finished: {self.next_epoch:,} epochs are done, resuming trains nothing"
+            return f"training is finished: {self.next_epoch:,} epochs are done; raise max_epochs or max_steps to go on"
         if self.kind == "end-of-epoch":
             return f"end-of-epoch checkpoint: training continues at the start of epoch {self.next_epoch:,}"
         left = "" if self.batches_left is None else f", {self.batches_left:,} left to train"

@@ -20,7 +20,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -151,6 +151,8 @@ class EnStackCLI(LightningCLI):
             kwargs["enable_progress_bar"] = on_terminal
         if on_terminal and trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
+        if not on_terminal and trainer.enable_model_summary is not False:
+            callbacks.append(ModelSummary())  # in plain text; Lightning's own choice draws boxes into log files
         if trainer.logger is None:
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name=None, version="logs")
         instance: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -244,6 +246,7 @@ def _silence_what_users_cannot_act_on() -> None:
     """Deprecations inside torchdata and Lightning, and Lightning's advertisements."""
     warnings.filterwarnings("ignore", ".*set_vital.* is deprecated")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.msg)
 
 

@@ -59,7 +59,8 @@ class VulnerabilityDataModule(LightningDataModule):
         train_file: File of the training split, relative to `path`, instead of the one found there.
         validation_file: File of the validation split, relative to `path`, instead of the one found there.
         test_file: File of the test split, relative to `path`, instead of the one found there.
-        predict_file: File to predict, relative to `path`; its rows may lack the label. None predicts the test split.
+        predict_file: File to predict, relative to `path` or else to the working directory; its rows may lack the
+            label. None predicts the test split.
         tokenizer: Hub id or local folder of a pretrained tokenizer. None trains a byte-level BPE tokenizer on the
             training split.
         vocab_size: Vocabulary entries of a tokenizer trained here.

@@ -24,7 +24,7 @@ def split_file(split: Split, folder: Path | None, given: Mapping[Split, str | No
 
     Args:
         split: Which one; predict falls back to test.
-        folder: Folder with the splits; file names given are relative to it.
+        folder: Folder with the splits; file names given are relative to it, or else to the working directory.
         given: File names by split, None for those to look for in the folder.
 
     Returns:
@@ -34,7 +34,10 @@ def split_file(split: Split, folder: Path | None, given: Mapping[Split, str | No
         DataError: If there is no such file, more than one, or only a pickle.
     """
     if name := given[split]:
-        file = (folder or Path()) / Path(name).expanduser()
+        here = Path(name).expanduser()
+        file = (folder or Path()) / here
+        if here.is_file() and not file.is_file():
+            file = here
         if file.suffix.lower() in PICKLE_SUFFIXES:
             raise DataError(pickle_refusal(file))
         if not file.is_file():

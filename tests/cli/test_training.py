@@ -149,13 +149,14 @@ def test_evaluation_prints_the_metrics_and_the_confusion_matrix(
 
 
 def test_predict_classifies_other_functions_with_the_checkpoints_own_tokenizer(
-    fitted: tuple[Path, list[str]], cache: Path, tmp_path: Path
+    fitted: tuple[Path, list[str]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = fitted
+    monkeypatch.chdir(tmp_path)
     rows = [{"func": f"int f{n}(void) {{ return {n}; }}", "idx": 100 + n} for n in range(5)]
     (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows)))
     output = tmp_path / "out" / "predictions.jsonl"
-    call = ["predict", "--data.path", str(tmp_path), "--data.predict_file", "new.jsonl", "--output", str(output)]
+    call = ["predict", "--data.predict_file", "new.jsonl", "--output", str(output)]
     call += ["--ckpt_path", str(run / "checkpoints" / "best_model.ckpt"), "--data.cache_dir", str(cache)]
     assert main([*call, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]) == 0
     predictions = [json.loads(line) for line in output.read_text().splitlines()]
