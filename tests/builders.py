@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.data.loaders import TrainingSampler
+from enstack_lightning.data.sample import sample_rows
 from enstack_lightning.guard import CheckpointGuard
 
 ROWS, BATCH_SIZE = 20, 4
@@ -133,6 +135,15 @@ def enstack_folder(
     else:
         torch.save(model.state_dict(), folder / weights)
     return folder
+
+
+def functions(count: int, seed: int = 3) -> list[dict[str, Any]]:
+    """C functions of the generated sample, the five classes in turn."""
+    return [{"func": row.func, "target": row.target} for row in islice(sample_rows(seed), count)]
+
+
+def write_jsonl(file: Path, rows: Iterable[Any]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
