@@ -243,11 +243,15 @@ def _raised_in_lightning(error: Exception) -> bool:
 
 
 def _silence_what_users_cannot_act_on() -> None:
-    """Deprecations inside torchdata and Lightning, and Lightning's advertisements."""
+    """Deprecations inside torchdata and Lightning, Lightning's advertisements and what it did not have to do."""
     warnings.filterwarnings("ignore", ".*set_vital.* is deprecated")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: (
+            not any(words in str(record.msg) for words in ("Tip: For seamless", "Skipping setting a default"))
+        )
+    )
 
 
 def _is_config(value: str) -> bool:
