@@ -135,6 +135,8 @@ class EnStackCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand != "fit" and config.ckpt_path is None and not config.model.pretrained:
+            raise CheckpointError("no --ckpt_path is given, and with pretrained: false the weights would be random")
         if config.data.tokenizer is None and config.model.pretrained:
             config.data.tokenizer = config.model.model_name_or_path
         for name in _CHECKPOINTS:

@@ -24,6 +24,7 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 _TRAINED_FORMAT = 1
 _TOKENS_FORMAT = 1
+_HUB_TIMEOUT_SECONDS = 10
 
 
 def load_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerFast:
@@ -182,7 +183,22 @@ def _from_hub(name: str) -> object:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
+        _ask_hub(name)
         return AutoTokenizer.from_pretrained(name)
+
+
+def _ask_hub(name: str) -> None:
+    """Asks the hub once: transformers itself would ask an unreachable one six times a file, for half a minute."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    url = huggingface_hub.hf_hub_url(name, "tokenizer_config.json")
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_SECONDS)
+    except EntryNotFoundError:
+        return  # the hub is there, and old tokenizers have no such file
+    except Exception as error:  # the HTTP client's own exceptions; which client it is depends on huggingface_hub
+        raise OSError(f"{huggingface_hub.constants.ENDPOINT} did not give it: {type(error).__name__}") from error
 
 
 def _train_bpe(batches: Iterator[list[str]], vocab_size: int) -> str:

@@ -219,6 +219,12 @@ def test_wrong_calls_end_with_a_sentence(
         assert words in one_sentence(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_random_weights_are_not_evaluated(command: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, *options]) == 1
+    assert "no --ckpt_path is given" in one_sentence(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("extra", [["--model.hidden_size", "many"], ["--nope"], ["--config", "nowhere.yaml"]])
 def test_an_option_that_cannot_be_parsed_ends_with_2(extra: list[str], options: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +100,17 @@ def test_a_tokenizer_from_a_folder_is_used_and_a_missing_one_named(data: Path, m
         _ = module(data, tokenizer=str(tmp_path / "nowhere")).tokenizer
     with pytest.raises(DataError, match="max_length=999 is more than the 64 tokens"):
         _ = module(data, tokenizer=str(tmp_path / "tokenizer"), max_length=999).tokenizer
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    script = (
+        "from enstack_lightning.data.tokenization import load_tokenizer\n"
+        "from enstack_lightning import DataError\n"
+        "try: load_tokenizer('microsoft/codebert-base', 64)\n"
+        "except DataError as error: print(error)"
+    )
+    surroundings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=surroundings, capture_output=True, text=True, check=True)
+    assert "http://127.0.0.1:9 did not give it: ConnectError" in done.stdout
+    assert "give a local folder" in done.stdout
+    assert "Retry" not in done.stderr
