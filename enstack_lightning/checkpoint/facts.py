@@ -29,6 +29,7 @@ class DefectKind(StrEnum):
     DAMAGED = "damaged"
     UNRECOGNISED = "unrecognised"
     UNREADABLE = "unreadable"
+    MISSHAPEN = "misshapen"
 
 
 @dataclass(frozen=True)

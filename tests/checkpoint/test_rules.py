@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from builders import TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer, truncate
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from enstack_lightning.checkpoint import RULES, Options, Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import RULES, Options, Report, Severity, Verdict, to_json, to_text, verify_checkpoint
 
 Checkpoint = dict[str, Any]
 
@@ -59,6 +60,7 @@ LIGHTNING_FAULTS = {
     "no weights": (set_entry("state_dict", value={}), "CK203", "error", "no weights"),
     "negative epoch": (set_entry("epoch", value=-1), "CK301", "error", "epoch is -1"),
     "global_step edited": (set_entry("global_step", value=9), "CK302", "error", "says 9 and the loop counters say 7"),
+    "epoch edited": (set_entry("epoch", value=9), "CK302", "warning", "says 9 and the loop counters say 1 complete"),
     "optimizer ahead": (scale_steps(5), "CK401", "error", "optimizer steps 12, expected 7"),
     "optimizer behind": (scale_steps(-1), "CK401", "warning", "1 fewer than expected"),
     "optimizer fresh": (
@@ -130,6 +132,32 @@ def test_a_wrong_lightning_checkpoint_is_told(fault: str, trained: Path, tmp_pat
     assert code in codes(report, Severity(severity)), report.findings
     assert words in said(report, code)
     assert report.verdict is (Verdict.FAIL if severity == "error" else Verdict.WARN)
+
+
+NO_NUMBERS = {"nan": math.nan, "inf": math.inf, "text": "x", "huge": 2**70, "true": True, "list": [1]}
+PLACES: dict[str, tuple[Any, ...]] = {
+    "rate": ("optimizer_states", 0, "param_groups", 0, "lr"),
+    "step": ("optimizer_states", 0, "state", 0, "step"),
+    "scheduler position": ("lr_schedulers", 0, "last_epoch"),
+    "scheduler rates": ("lr_schedulers", 0, "_last_lr", 0),
+    "batches": (*LOOP, "epoch_loop.batch_progress", "current", "processed"),
+    "epochs": (*LOOP, "epoch_progress", "current", "completed"),
+    "counters": (*LOOP, "epoch_progress", "total"),
+    "optimizer": ("optimizer_states", 0),
+    "group": ("optimizer_states", 0, "param_groups", 0),
+    "scheduler": ("lr_schedulers", 0),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_cannot_be_meant_fails_and_can_be_shown(place: str, kind: str, trained: Path, tmp_path: Path) -> None:
+    edit = set_entry(*PLACES[place], value=NO_NUMBERS[kind])
+    report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
+    assert codes(report, Severity.ERROR) >= {"CK204"}, report.findings
+    assert "CK100" not in codes(report, Severity.ERROR)
+    json.loads(to_json([report]))
+    assert to_text(report).isascii()
 
 
 def test_more_batches_done_than_an_epoch_has(trained: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from enstack_lightning.checkpoint.facts import (
     OptimizerFacts,
     ProgressFacts,
 )
+from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
@@ -67,6 +68,7 @@ def _add_state(facts: Facts, state: Mapping[str, Any], read_scalar: ScalarReader
         optimizers = (optimizer_of(optimizer, read_scalar),)
     return dataclasses.replace(
         facts,
+        defects=(*facts.defects, *misshapen(state, "optimizer_state_dict", "scheduler_state_dict")),
         fields=field_types(state),
         progress=_progress(state),
         optimizers=optimizers,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Facts, Format, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
@@ -42,6 +43,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
+        defects=misshapen(checkpoint, "optimizer_states", "lr_schedulers"),
         fields=field_types(checkpoint),
         tensors=tensors_of(checkpoint.get("state_dict")),
         progress=progress_facts(checkpoint),
@@ -64,7 +66,7 @@ def run_facts(recorded: object) -> RunFacts:
         max_epochs=whole(at(recorded, ["max_epochs"])),
         max_steps=whole(at(recorded, ["max_steps"])),
         scheduler_intervals=tuple(map(str, intervals)) if isinstance(intervals, list) else (),
-        scheduler_frequencies=tuple(map(int, frequencies)) if isinstance(frequencies, list) else (),
+        scheduler_frequencies=tuple(whole(n) or 1 for n in frequencies) if isinstance(frequencies, list) else (),
     )
 
 

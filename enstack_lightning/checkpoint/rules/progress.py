@@ -45,12 +45,20 @@ def progress_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 @rule("CK302", "counters-disagree")
 def counters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """Lightning's `global_step` entry differs from the loop counters that a resume restores.
+    """Lightning's entries `global_step` and `epoch` differ from the loop counters that a resume restores.
 
-    On a resume `Trainer.global_step` comes from `loops`, never from the entry `global_step`; where they differ the
-    checkpoint was edited or put together from two.
+    On a resume both come from `loops`, never from these entries; where they differ the checkpoint was edited or put
+    together from two. At an epoch's end `epoch` still names the epoch that is just complete.
     """
     p = facts.progress
+    completed = p.epochs_completed
+    counted = p.global_step is not None and p.epoch is not None and completed is not None
+    if counted and p.epoch not in (completed, (completed or 0) - 1):
+        yield warning(
+            f"the entry epoch says {p.epoch:,} and the loop counters say {completed:,} complete epochs",
+            "epoch",
+            "Training would go on from the loop counters; prefer a checkpoint in which both agree.",
+        )
     if p.global_step is None or p.recorded_global_step is None:
         return
     if p.global_step != p.recorded_global_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from enstack_lightning.checkpoint.facts import Facts, Format
+from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, error, passed, rule, warning
 
 _NEEDED: dict[Format, dict[str, tuple[str, ...]]] = {
@@ -78,3 +78,15 @@ def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield passed(f"weights: {len(facts.tensors):,} tensors")
     elif facts.format is not Format.UNKNOWN and not facts.live:
         yield error("no weights: the checkpoint's state dict has no tensor", hint="Use another checkpoint.")
+
+
+@rule("CK204", "misshapen-entry")
+def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """An entry is not of the form that torch or Lightning writes: a rate that is NaN, a counter that is text.
+
+    Looked at: the optimizers' groups and step counts, the schedulers' positions and rates, and every loop counter.
+    """
+    if options.purpose == "resume":
+        for defect in facts.defects:
+            if defect.kind is DefectKind.MISSHAPEN:
+                yield error(defect.message, defect.where, "Use another checkpoint of this run.")
