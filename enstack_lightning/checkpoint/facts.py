@@ -109,6 +109,7 @@ class SchedulerFacts:
     Attributes:
         last_epoch: how often it has stepped, in whatever unit it steps.
         last_lr: the learning rates it set last, one a param group.
+        max_lrs: the peaks of its schedule, where it keeps them itself (`CyclicLR`).
         total_steps: the length of its schedule, where it has one (`OneCycleLR`).
         scheduled_lr: what the live run's own schedule gives at `last_epoch`, where it has a closed form.
     """
@@ -116,6 +117,7 @@ class SchedulerFacts:
     last_epoch: int | None
     last_lr: tuple[float, ...]
     base_lrs: tuple[float, ...]
+    max_lrs: tuple[float, ...]
     total_steps: int | None
     scheduled_lr: tuple[float, ...] = ()
 

@@ -146,7 +146,7 @@ def test_the_newest_good_checkpoint_has_the_most_steps_and_is_no_bad_one(trained
     (run / "later.ckpt").symlink_to(run / "s9.ckpt")
     (run / ".hidden.ckpt").write_bytes((trained / "step=12.ckpt").read_bytes())
     (run / "readme.txt").write_text("no checkpoint")
-    assert [p.name for p in find_checkpoints(tmp_path)] == ["s11.ckpt", "s3.ckpt", "s9.ckpt"]
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["s3.ckpt", "s9.ckpt", "s11.ckpt"]
     best = find_last_good(tmp_path)
     assert best is not None
     assert Path(best.path) == run / "s9.ckpt"

@@ -199,6 +199,11 @@ class Odd(TinyModule):
         if self.kind == "per epoch":
             optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        if self.kind == "no optimizer":
+            return None
+        if self.kind == "cyclic":
+            sgd = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+            return [sgd], [{"scheduler": torch.optim.lr_scheduler.CyclicLR(sgd, 0.01, 0.1, 3), "interval": "step"}]
         if self.kind == "one cycle":
             adam = torch.optim.Adam(self.parameters(), lr=0.1)
             cycle = torch.optim.lr_scheduler.OneCycleLR(adam, 0.1, total_steps=self.trainer.estimated_stepping_batches)
@@ -222,7 +227,10 @@ class TwoOptimizers(TinyModule):
         return [torch.optim.Adam(layer.parameters(), lr=0.1) for layer in (self.layer, self.other)]
 
 
-@pytest.mark.parametrize("kind", ["sgd", "frozen", "per epoch", "one cycle", "two optimizers", "accumulation"])
+KINDS = ["sgd", "frozen", "per epoch", "one cycle", "cyclic", "no optimizer", "two optimizers", "accumulation"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_but_healthy_run_passes(kind: str, tmp_path: Path) -> None:
     module = TwoOptimizers() if kind == "two optimizers" else Odd(kind) if kind != "accumulation" else TinyModule()
     options = {"accumulate_grad_batches": 2} if kind == "accumulation" else {}

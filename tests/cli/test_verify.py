@@ -109,8 +109,8 @@ def test_a_folder_gives_a_line_each_and_names_the_newest_good(trained: Path, tmp
     done = enstack("verify", tmp_path)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["PASS", "FAIL", "PASS", "PASS"]
-    assert "CK104" in lines[1]
+    assert [line.split()[0] for line in lines[:4]] == ["PASS", "PASS", "PASS", "FAIL"]
+    assert "CK104" in lines[3]
     assert lines[-1] == f"newest good  {tmp_path / 's7.ckpt'} (global step 7)"
 
 

@@ -48,6 +48,8 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
     if not isinstance(entry, Mapping):
         yield _must_be(where, entry, "a dict")
         return
+    if not entry:
+        return  # how Lightning writes `configure_optimizers` returning None
     groups, states = entry.get("param_groups"), entry.get("state")
     if not isinstance(groups, list):
         yield _must_be(f"{where}.param_groups", groups, "a list")

@@ -74,6 +74,7 @@ def scheduler_of(entry: Mapping[str, Any]) -> SchedulerFacts:
         last_epoch=None if chained else whole(entry.get("last_epoch")),
         last_lr=_numbers(entry.get("_last_lr")),
         base_lrs=_numbers(entry.get("base_lrs")),
+        max_lrs=_numbers(entry.get("max_lrs")),
         total_steps=whole(entry.get("total_steps")),
     )
 

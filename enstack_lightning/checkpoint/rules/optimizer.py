@@ -97,7 +97,9 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
             f"no optimizer state after {done:,} steps: training would go on with a fresh optimizer", "optimizer"
         )
     for number, optimizer in enumerate(facts.optimizers):
-        if not optimizer.groups:
+        if not optimizer.groups and not optimizer.parameters_with_state:
+            yield passed(f"optimizer {number}: none, the run trains without one")
+        elif not optimizer.groups:
             yield error(f"optimizer {number} has no param_groups", "optimizer", "Use another checkpoint of this run.")
         elif optimizer.keeps_moments and not optimizer.parameters_with_state and done:
             yield error(

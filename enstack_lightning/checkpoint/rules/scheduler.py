@@ -43,18 +43,19 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
 @rule("CK502", "learning-rate-out-of-bounds")
 def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The learning rate that training continues with is below 1e-8, or above twice the initial one and twice
-    the peak that its schedule names (`OneCycleLR`).
+    the peak that its schedule names (`OneCycleLR`, `CyclicLR`).
 
     A rate of 0 at the start of a warm-up and at the end of a finished run is what the schedule gives.
     """
     plan = plan_resume(facts)
     finished = plan is not None and plan.kind == "finished"
     at_start = any(s.last_epoch == 0 for s in facts.schedulers or ())
+    peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
     for number, optimizer in enumerate(facts.optimizers or ()):
         for group in optimizer.groups:
             if group.lr is None:
                 continue
-            peak = max(group.initial_lr or 0.0, group.max_lr or 0.0)
+            peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
             highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
             if group.lr < options.min_lr and not finished and not at_start:
                 yield warning(
