@@ -57,9 +57,10 @@ def find_last_good(folder: str | os.PathLike[str], options: Options | None = Non
 
 
 def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Every Lightning `.ckpt` file and EnStack folder below `folder`, each once, sorted by path, `step=2` before `step=10`.
+    """Every Lightning `.ckpt` file and EnStack folder below `folder`, each once, sorted by path.
 
-    Links are not followed into other folders; a link to a checkpoint that is listed itself is left out.
+    Numbers in names count as numbers: `step=2` comes before `step=10`. Links are not followed into
+    other folders; a link to a checkpoint that is listed itself is left out.
     """
     found = list(_walk(Path(folder), SEARCH_DEPTH))
     own = {p.resolve() for p in found if not p.is_symlink()}
