@@ -23,7 +23,7 @@ from enstack_lightning.checkpoint.readers import is_enstack_folder
 def main(argv: Sequence[str]) -> int:
     """Runs `enstack verify` and returns 0 when every checkpoint may be used, 1 when one may not."""
     arguments = _parser().parse_args(argv[1:])
-    options = Options(tolerance=arguments.tolerance)
+    options = Options(purpose=arguments.purpose, tolerance=arguments.tolerance)
     paths = [checkpoint for path in arguments.paths for checkpoint in _checkpoints_at(path)]
     reports = [verify_checkpoint(path, options) for path in paths]
     text = _render(reports, arguments.format)
@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="warnings fail the verification too")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the report")
     parser.add_argument("--output", metavar="FILE", help="write the report to a file")
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("resume", "inference"),
+        default="resume",
+        help="what the checkpoint is wanted for; inference needs its weights only (default: %(default)s)",
+    )
     parser.add_argument(
         "--tolerance",
         type=_whole_number,

@@ -132,6 +132,18 @@ def test_the_tolerance_decides(tmp_path: Path) -> None:
     assert enstack("verify", folder, "--strict", "--tolerance", "7").returncode == 1
 
 
+def test_weights_alone_pass_for_inference_and_fail_for_resuming(good: Path, tmp_path: Path) -> None:
+    def leave_weights(checkpoint: dict[str, object]) -> None:
+        for name in ("optimizer_states", "lr_schedulers", "loops"):
+            del checkpoint[name]
+
+    path = edited(good, tmp_path / "weights.ckpt", leave_weights)
+    assert enstack("verify", path, "--for", "inference").returncode == 0
+    resume = enstack("verify", path, "--for", "resume")
+    assert resume.returncode == 1
+    assert "holds weights only" in resume.stdout
+
+
 def test_the_report_goes_to_a_file(good: Path, tmp_path: Path) -> None:
     done = enstack("verify", good, "--format", "json", "--output", tmp_path / "report.json")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
