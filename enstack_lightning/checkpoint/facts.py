@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 
 class Format(StrEnum):
@@ -17,11 +17,15 @@ class Format(StrEnum):
 
     LIGHTNING = "lightning"
     ENSTACK = "enstack"
+    HUGGINGFACE = "huggingface"
+    SHARDED = "sharded"
+    TORCH = "torch"
+    SAFETENSORS = "safetensors"
     UNKNOWN = "unknown"
 
 
 class DefectKind(StrEnum):
-    """Why a part of a checkpoint could not be read or believed."""
+    """Why a part of a checkpoint could not be read or believed. `replaced`: a record is not the one that was saved."""
 
     MISSING = "missing"
     EMPTY = "empty"
@@ -30,6 +34,7 @@ class DefectKind(StrEnum):
     UNRECOGNISED = "unrecognised"
     UNREADABLE = "unreadable"
     MISSHAPEN = "misshapen"
+    REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,120 @@ class Defect:
     message: str
 
 
+class OddityKind(StrEnum):
+    """Something unusual that stops no reader: whether it matters is for a rule to say."""
+
+    REPACKED = "repacked"
+    UNREFERENCED_RECORD = "unreferenced-record"
+    WRONG_SUFFIX = "wrong-suffix"
+    LOGICAL_SIZE = "logical-size"
+    SPARSE_TENSOR = "sparse-tensor"
+    CYCLE = "cycle"
+    STRAY_FILE = "stray-file"
+    TOTAL_SIZE = "total-size"
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """Something a reader met that is valid and unusual; `where` and `message` as in a `Defect`."""
+
+    kind: OddityKind
+    where: str
+    message: str
+
+
 @dataclass(frozen=True)
 class FileFacts:
-    """One file of the checkpoint: its name within the checkpoint and its size in bytes."""
+    """One file of the checkpoint, by its name within the checkpoint.
+
+    Attributes:
+        size: bytes.
+        without_checksum: bytes of tensor data that no checksum in the checkpoint covers (safetensors, legacy torch
+            files, `compute_crc32 = False`): damage there cannot be seen from the file alone.
+        not_read: bytes of tensor data that have a checksum and were not compared with it (without `--deep`).
+    """
 
     name: str
     size: int
+    without_checksum: int = 0
+    not_read: int = 0
+
+
+@dataclass(frozen=True)
+class GlobalFacts:
+    """A name that one of the checkpoint's pickles would import.
+
+    Attributes:
+        where: the file, or file and record, whose pickle names it.
+        loader: how the framework reads that pickle. `weights_only`: `torch.load(weights_only=True)`; `transformers`:
+            the same with the NumPy names that transformers adds for `rng_state*.pth`; `pickle`: bare `pickle.load`,
+            as `torch.distributed.checkpoint` reads `.metadata`; `never`: no resume reads it (`training_args.bin`).
+    """
+
+    module: str
+    name: str
+    where: str = ""
+    loader: Literal["weights_only", "transformers", "pickle", "never"] = "weights_only"
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One weight by its header; its values are not read."""
+    """One weight by its header; its values are not read.
+
+    Attributes:
+        dtype: torch's name without `torch.`: `float32`, `bfloat16`, …
+        where: the file, or file and record, that holds its values.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class ValueFacts:
+    """What is noteworthy in the values of one tensor, found by reading every byte of it.
+
+    Attributes:
+        name: the weight's name, or `optimizer 0, parameter 3, exp_avg`.
+        role: `weight` or `optimizer`.
+        nonfinite: how many of its values are NaN or infinite.
+        first_nonfinite: index of the first of them, one number a dimension; None when all are finite.
+        first_value: that value as text: `nan`, `inf` or `-inf`.
+        all_zero: every value is 0 (and there is at least one).
+    """
+
+    name: str
+    role: Literal["weight", "optimizer"]
+    where: str
+    nonfinite: int = 0
+    first_nonfinite: tuple[int, ...] | None = None
+    first_value: str = ""
+    all_zero: bool = False
+
+
+@dataclass(frozen=True)
+class ManifestFacts:
+    """The manifest beside a checkpoint, and how the checkpoint compares with it.
+
+    Attributes:
+        path: the manifest's own path.
+        defect: why it cannot be used; empty when it can.
+        compared: `sizes` in a quick verification, `digests` in a deep one.
+        differences: a sentence for each file that is not what the manifest says.
+        files: how many files it lists.
+    """
+
+    path: str
+    defect: str = ""
+    compared: Literal["sizes", "digests"] = "sizes"
+    differences: tuple[tuple[str, str], ...] = ()
+    files: int = 0
+    global_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,22 +176,30 @@ class ParamGroupFacts:
         max_lr: the peak of its schedule, where the schedule has written it there (`OneCycleLR`).
         keeps_moments: whether its options are those of an optimizer that has state after its first step
             (Adam's `betas`, a `momentum` above 0).
+        options: the group's other entries as plain values (`betas`, `eps`, `weight_decay`, …).
     """
 
-    params: tuple[int, ...]
+    params: tuple[int | str, ...]
     lr: float | None
     initial_lr: float | None
     max_lr: float | None
     keeps_moments: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """One optimizer: its groups, and the `step` of every parameter that has one (parameter id -> steps)."""
+    """One optimizer. Parameters are named as its state does: by number, or by name in a sharded checkpoint.
+
+    Attributes:
+        steps: the `step` of every parameter that has one (parameter -> steps).
+        moments: the shape of every tensor in a parameter's state (parameter -> entry -> shape), scalars left out.
+    """
 
     groups: tuple[ParamGroupFacts, ...]
-    steps: Mapping[int, float]
+    steps: Mapping[int | str, float]
     parameters_with_state: int
+    moments: Mapping[int | str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def parameter_count(self) -> int:
@@ -112,6 +224,10 @@ class SchedulerFacts:
         max_lrs: the peaks of its schedule, where it keeps them itself (`CyclicLR`).
         total_steps: the length of its schedule, where it has one (`OneCycleLR`).
         scheduled_lr: what the live run's own schedule gives at `last_epoch`, where it has a closed form.
+        kind: torch's class, told from the entries of the state; None where they fit no class or several.
+        next_lrs: the learning rates of the first param group at the coming steps of the scheduler, the next one first,
+            where its schedule has a closed form.
+        curve: points (scheduler step, learning rate of the first param group) from 0 to the schedule's end.
     """
 
     last_epoch: int | None
@@ -120,6 +236,9 @@ class SchedulerFacts:
     max_lrs: tuple[float, ...]
     total_steps: int | None
     scheduled_lr: tuple[float, ...] = ()
+    kind: str | None = None
+    next_lrs: tuple[float, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +264,7 @@ class ProgressFacts:
         batches_trained: batches trained in the whole run.
         is_last_batch: the last batch taken was the epoch's last.
         batches_per_epoch: length of an epoch in batches.
+        epoch_fraction: epochs done as a fraction, as the Hugging Face Trainer counts them.
     """
 
     epoch: int | None = None
@@ -161,6 +281,7 @@ class ProgressFacts:
     batches_trained: int | None = None
     is_last_batch: bool | None = None
     batches_per_epoch: int | None = None
+    epoch_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +297,8 @@ class RunFacts:
     accumulate_grad_batches: int | None = None
     max_epochs: int | None = None
     max_steps: int | None = None
+    world_size: int | None = None
+    precision: str | None = None
     scheduler_intervals: tuple[str, ...] = ()
     scheduler_frequencies: tuple[int, ...] = ()
 
@@ -190,7 +313,12 @@ class Facts:
         optimizers: None when the checkpoint has no such entry, empty when it has one without optimizers.
         schedulers: likewise.
         metrics: recorded metrics such as `best_val_f1`.
+        model_config: the entries of a `config.json` beside the weights.
         globals: the names that the checkpoint's pickles would import.
+        model_only: the checkpoint holds a model and nothing of a training run.
+        leftovers: files that an interrupted save left behind.
+        values: noteworthy values of tensors; None when their bytes were not read.
+        manifest: None when none stands beside the checkpoint.
         loader_position: whether the training data loader's position is in the checkpoint.
         live: whether a running Trainer said all this, rather than a file.
     """
@@ -199,6 +327,7 @@ class Facts:
     format: Format = Format.UNKNOWN
     files: tuple[FileFacts, ...] = ()
     defects: tuple[Defect, ...] = ()
+    oddities: tuple[Oddity, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     tensors: tuple[TensorFacts, ...] = ()
     progress: ProgressFacts = field(default_factory=ProgressFacts)
@@ -207,8 +336,13 @@ class Facts:
     run: RunFacts = field(default_factory=RunFacts)
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    globals: tuple[str, ...] = ()
+    globals: tuple[GlobalFacts, ...] = ()
+    model_only: bool = False
+    leftovers: tuple[str, ...] = ()
+    values: tuple[ValueFacts, ...] | None = None
+    manifest: ManifestFacts | None = None
     loader_position: bool = False
     live: bool = False
 

@@ -7,11 +7,10 @@ begin with `{`, a name that stands twice). Format: the "Format" section of the s
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import TensorFacts
-from enstack_lightning.checkpoint.torch_file import ContainerDefectError
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -41,26 +40,24 @@ _DTYPE_BITS = {
 }
 
 
-def read_safetensors_header(path: Path) -> tuple[TensorFacts, ...]:
+def read_safetensors_header(source: Source) -> tuple[TensorFacts, ...]:
     """The tensors of a safetensors file, in the order of their bytes.
 
     Raises:
         ContainerDefectError: the file breaks a rule of the format.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ContainerDefectError("truncated", f"the file has {size:,} bytes; a header alone needs more")
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise ContainerDefectError(
-                "unrecognised", f"its first 8 bytes are no header length of safetensors ({length:,} bytes)"
-            )
-        if 8 + length > size:
-            raise ContainerDefectError("truncated", f"the header needs {8 + length:,} bytes and the file has {size:,}")
-        raw = file.read(length)
+    size = source.size
+    if size < 8:
+        raise ContainerDefectError("truncated", f"the file has {size:,} bytes; a header alone needs more")
+    length = int.from_bytes(source.read_at(0, 8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ContainerDefectError(
+            "unrecognised", f"its first 8 bytes are no header length of safetensors ({length:,} bytes)"
+        )
+    if 8 + length > size:
+        raise ContainerDefectError("truncated", f"the header needs {8 + length:,} bytes and the file has {size:,}")
+    raw = source.read_at(8, length)
     header = _parse(raw)
     header.pop("__metadata__", None)
     spans = sorted((_span(name, entry), name) for name, entry in header.items())

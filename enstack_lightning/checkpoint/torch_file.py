@@ -9,14 +9,10 @@ Formats: PKWARE APPNOTE.TXT sections 4.3 and 4.5.3 (zip64); caffe2/serialize/inl
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.inert_pickle import (
@@ -26,6 +22,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     Unpickled,
     read_pickle,
 )
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_DIRECTORY_BYTES = 64 * 2**20
@@ -42,21 +39,6 @@ _ZIP64 = 0xFFFFFFFF
 _IS_FOLDER = 0x10
 
 
-class ContainerDefectError(ValueError):
-    """A container is not what its format demands.
-
-    Attributes:
-        kind: `truncated` when bytes are missing at the end, `damaged` when bytes are not what they were,
-            `unrecognised` when the file is something else.
-        record: the record concerned, where there is one.
-    """
-
-    def __init__(self, kind: str, message: str, record: str = "") -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.record = record
-
-
 @dataclass(frozen=True)
 class Record:
     """One stored member: `size` bytes whose local header stands at `header_offset`."""
@@ -69,36 +51,20 @@ class Record:
 
 
 class TorchFile:
-    """An open torch zip archive; use it as a context manager.
+    """A torch zip archive in an open source, which stays the caller's to close.
 
     Raises:
-        ContainerDefectError: the file is no intact torch zip archive.
-        OSError: the file cannot be opened or read.
+        ContainerDefectError: the bytes are no intact torch zip archive.
+        OSError: they cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-        try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise ContainerDefectError("unrecognised", "it is not a regular file")
-            self.size = status.st_size
-            directory = self._find_directory()
-            records = self._read_directory(directory)
-            self._payload_offsets = self._payload_offsets_of(records, directory.start)
-        except BaseException:
-            os.close(self._fd)
-            raise
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.size = source.size
+        directory = self._find_directory()
+        records = self._read_directory(directory)
+        self._payload_offsets = self._payload_offsets_of(records, directory.start)
         self.records = {_without_prefix(r.name): r for r in records}
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
 
     def read(self, name: str) -> bytes:
         """The bytes of record `name` (without the archive's folder), compared with the CRC-32 it was saved with."""
@@ -191,10 +157,7 @@ class TorchFile:
     # The archive
 
     def _pread(self, count: int, offset: int, what: str) -> bytes:
-        data = os.pread(self._fd, count, offset)
-        if len(data) != count:
-            raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes", what)
-        return data
+        return self._source.read_at(offset, count, what)
 
     def _read_directory(self, directory: _Directory) -> list[Record]:
         raw = self._pread(directory.end - directory.start, directory.start, "the archive's directory")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from enstack_lightning.checkpoint.facts import Facts
+from enstack_lightning.checkpoint.location import LocalLocation, locate
 from enstack_lightning.checkpoint.readers import is_enstack_folder, read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.resume import plan_resume
@@ -35,7 +36,7 @@ def verify_checkpoint(path: str | os.PathLike[str], options: Options | None = No
         <Verdict.FAIL: 'fail'>
     """
     began = time.perf_counter()
-    return report_on(lambda: read_facts(Path(path)), str(path), options, began)
+    return report_on(lambda: read_facts(locate(path)), str(path), options, began)
 
 
 def quick_verify_checkpoint(path: str | os.PathLike[str]) -> Report:
@@ -112,7 +113,7 @@ def _age(report: Report) -> tuple[int, int, bool, float]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    if is_enstack_folder(folder):
+    if is_enstack_folder(LocalLocation(folder)):
         yield folder
         return
     try:

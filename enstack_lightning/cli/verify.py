@@ -17,6 +17,7 @@ from enstack_lightning.checkpoint import (
     to_text,
     verify_checkpoint,
 )
+from enstack_lightning.checkpoint.location import LocalLocation
 from enstack_lightning.checkpoint.readers import is_enstack_folder
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 def _checkpoints_at(path: str) -> list[str]:
     """The checkpoint itself, or every checkpoint in a folder of them."""
     folder = Path(path)
-    if folder.is_dir() and not is_enstack_folder(folder):
+    if folder.is_dir() and not is_enstack_folder(LocalLocation(folder)):
         return [str(p) for p in find_checkpoints(folder)] or [path]
     return [path]
 

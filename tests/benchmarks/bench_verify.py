@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from enstack_lightning.checkpoint import Verdict, verify_checkpoint
+from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 REPEATS = 5
@@ -119,7 +120,8 @@ def loads(path: Path) -> bool:
 
 def print_what_is_noticed(path: Path) -> None:
     """Flips random bits of the pickle, which says what every tensor is and how far training had come."""
-    with TorchFile(path) as file:
+    with LocalSource(path) as source:
+        file = TorchFile(source)
         record = file.records["data.pkl"]
         start = file._payload_offsets[record.name]
     whole = path.read_bytes()

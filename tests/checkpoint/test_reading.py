@@ -104,7 +104,7 @@ ALLOWED_IMPORTS = {
     "model": {"model", "errors"},
     "data": {"data", "errors"},
 }
-CORE_PACKAGES = {"safetensors", "numpy", "isal", "blake3"} | set(sys.stdlib_module_names)
+CORE_PACKAGES = {"safetensors", "numpy", "isal", "blake3", "fsspec"} | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("room", ALLOWED_IMPORTS)

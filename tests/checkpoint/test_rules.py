@@ -411,4 +411,4 @@ def test_every_rule_is_documented_and_named() -> None:
 def test_the_config_of_an_enstack_folder_is_reported(tmp_path: Path) -> None:
     facts = verify_checkpoint(enstack_folder(tmp_path / "c")).facts
     assert facts.versions == {"transformers": "5.0.0"}
-    assert facts.hyper_parameters["model_type"] == json.loads((tmp_path / "c/config.json").read_text())["model_type"]
+    assert facts.model_config["model_type"] == json.loads((tmp_path / "c/config.json").read_text())["model_type"]

@@ -21,6 +21,7 @@ from builders import enstack_folder, flip_bit, truncate
 from safetensors.torch import save_file
 
 from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 
@@ -34,7 +35,8 @@ def codes(report: Report) -> set[str]:
 
 def unread_ranges(path: Path) -> list[range]:
     """Byte ranges that a quick verification leaves unread on purpose: tensors' bytes and the padding of headers."""
-    with TorchFile(path) as file:
+    with LocalSource(path) as source:
+        file = TorchFile(source)
         offsets = file._payload_offsets
         headers = [range(r.header_offset + 30 + len(r.name.encode()), offsets[r.name]) for r in file.records.values()]
         return headers + [
@@ -51,7 +53,8 @@ def step_records(path: Path) -> list[str]:
 
 
 def torch_file_content(path: Path) -> Any:
-    with TorchFile(path) as file:
+    with LocalSource(path) as source:
+        file = TorchFile(source)
         return file.read_pickle().value
 
 
@@ -94,7 +97,8 @@ def torch_reads_another_thing(path: Path, whole: bytes) -> bool:
 
 def test_a_flipped_bit_in_a_step_count_of_the_optimizer_fails(trained: Path, tmp_path: Path) -> None:
     path = copied(trained, tmp_path)
-    with TorchFile(path) as file:
+    with LocalSource(path) as source:
+        file = TorchFile(source)
         record = file.records[step_records(path)[0]]
         offset = file._payload_offsets[record.name]
     flip_bit(path, offset + 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import (
@@ -20,6 +19,7 @@ from enstack_lightning.checkpoint.facts import (
     OptimizerFacts,
     ProgressFacts,
 )
+from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
@@ -32,9 +32,9 @@ from enstack_lightning.checkpoint.readers.states import (
     tensors_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import check_regular_file, defect_of, read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
 from enstack_lightning.checkpoint.safetensors_file import read_safetensors_header
-from enstack_lightning.checkpoint.torch_file import ContainerDefectError
+from enstack_lightning.checkpoint.source import ContainerDefectError
 
 STATE_FILE = "training_state.pth"
 CONFIG_FILE = "config.json"
@@ -42,17 +42,17 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MAX_CONFIG_BYTES = 4 * 2**20
 
 
-def is_enstack_folder(path: Path) -> bool:
+def is_enstack_folder(location: Location) -> bool:
     """Whether any file that an EnStack checkpoint is made of stands in the folder."""
-    return any((path / name).exists() for name in (STATE_FILE, CONFIG_FILE, *WEIGHT_FILES))
+    return any(location.child(name).exists() for name in (STATE_FILE, CONFIG_FILE, *WEIGHT_FILES))
 
 
-def read_enstack_folder(path: Path) -> Facts:
+def read_enstack_folder(location: Location) -> Facts:
     """Facts of an EnStack folder; what cannot be read becomes a defect."""
-    facts = Facts(str(path), Format.ENSTACK)
-    facts = _add_config(facts, path / CONFIG_FILE)
-    facts = _add_weights(facts, path)
-    with read_archive(path / STATE_FILE, STATE_FILE, path) as archive:
+    facts = Facts(str(location), Format.ENSTACK)
+    facts = _add_config(facts, location)
+    facts = _add_weights(facts, location)
+    with read_archive(location.child(STATE_FILE), STATE_FILE, location) as archive:
         if isinstance(archive.value, Mapping):
             facts = _add_state(facts, archive.value, archive.read_scalar)
         elif archive.value is not None or not archive.defects:
@@ -93,15 +93,17 @@ def _progress(state: Mapping[str, Any]) -> ProgressFacts:
     )
 
 
-def _add_config(facts: Facts, path: Path) -> Facts:
-    defect, size = check_regular_file(path, CONFIG_FILE, path.parent)
+def _add_config(facts: Facts, folder: Location) -> Facts:
+    location = folder.child(CONFIG_FILE)
+    defect, size = location.check_file(CONFIG_FILE, folder)
     if defect is None and size > MAX_CONFIG_BYTES:
         defect = Defect(DefectKind.DAMAGED, CONFIG_FILE, f"it has {size:,} bytes; a configuration has a few thousand")
     if defect is not None:
         return dataclasses.replace(facts, defects=(*facts.defects, defect))
     facts = dataclasses.replace(facts, files=(*facts.files, FileFacts(CONFIG_FILE, size)))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with location.open() as source:
+            config = json.loads(source.read_at(0, source.size).decode("utf-8"))
     except (ValueError, RecursionError, OSError) as e:
         defect = Defect(DefectKind.DAMAGED, CONFIG_FILE, f"it is no valid JSON: {e}")
         return dataclasses.replace(facts, defects=(*facts.defects, defect))
@@ -111,13 +113,13 @@ def _add_config(facts: Facts, path: Path) -> Facts:
     version = at(config, ["transformers_version"])
     return dataclasses.replace(
         facts,
-        hyper_parameters=plain(config),
+        model_config=plain(config),
         versions={"transformers": str(version)} if version is not None else {},
     )
 
 
-def _add_weights(facts: Facts, folder: Path) -> Facts:
-    present = [name for name in WEIGHT_FILES if (folder / name).is_symlink() or (folder / name).exists()]
+def _add_weights(facts: Facts, folder: Location) -> Facts:
+    present = [name for name in WEIGHT_FILES if folder.child(name).exists()]
     if not present:
         defect = Defect(
             DefectKind.MISSING, WEIGHT_FILES[0], f"neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[1]} is there"
@@ -125,25 +127,27 @@ def _add_weights(facts: Facts, folder: Path) -> Facts:
         return dataclasses.replace(facts, defects=(*facts.defects, defect))
     for name in present:
         add = _add_safetensors if name.endswith(".safetensors") else _add_torch_weights
-        facts = add(facts, folder / name)
+        facts = add(facts, folder.child(name), folder)
     return facts
 
 
-def _add_safetensors(facts: Facts, path: Path) -> Facts:
-    defect, size = check_regular_file(path, path.name, path.parent)
+def _add_safetensors(facts: Facts, location: Location, folder: Location) -> Facts:
+    name = location.name
+    defect, size = location.check_file(name, folder)
     tensors = facts.tensors
     if defect is None:
         try:
-            tensors = read_safetensors_header(path)
+            with location.open() as source:
+                tensors = read_safetensors_header(source)
         except ContainerDefectError as e:
-            defect = defect_of(e, path.name)
+            defect = defect_of(e, name)
         except OSError as e:
-            defect = Defect(DefectKind.UNREADABLE, path.name, f"it cannot be read: {e.strerror}")
-    files = (*facts.files, FileFacts(path.name, size)) if size else facts.files
+            defect = Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror}")
+    files = (*facts.files, FileFacts(name, size)) if size else facts.files
     defects = facts.defects if defect is None else (*facts.defects, defect)
     return dataclasses.replace(facts, files=files, defects=defects, tensors=tensors)
 
 
-def _add_torch_weights(facts: Facts, path: Path) -> Facts:
-    with read_archive(path, path.name, path.parent) as archive:
+def _add_torch_weights(facts: Facts, location: Location, folder: Location) -> Facts:
+    with read_archive(location, location.name, folder) as archive:
         return archive.complete(dataclasses.replace(facts, tensors=facts.tensors or tensors_of(archive.value)))

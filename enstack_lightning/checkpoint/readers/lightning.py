@@ -7,10 +7,10 @@ Layout: `lightning/pytorch/trainer/connectors/checkpoint_connector.py` (`dump_ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Facts, Format, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
@@ -28,10 +28,10 @@ from enstack_lightning.checkpoint.readers.torch_archive import read_archive
 VERSION_KEY = "pytorch-lightning_version"
 
 
-def read_lightning(path: Path) -> Facts:
+def read_lightning(location: Location) -> Facts:
     """Facts of a Lightning checkpoint file; what cannot be read becomes a defect."""
-    with read_archive(path, path.name) as archive:
-        facts = lightning_facts(archive.value, str(path), archive.read_scalar)
+    with read_archive(location, location.name) as archive:
+        facts = lightning_facts(archive.value, str(location), archive.read_scalar)
         return archive.complete(facts)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, FileFacts
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, FileFacts, GlobalFacts
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
-from enstack_lightning.checkpoint.torch_file import ContainerDefectError, TorchFile
+from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.source import ContainerDefectError
+from enstack_lightning.checkpoint.torch_file import TorchFile
 
 MAX_DEFECTS = 20
 
@@ -18,14 +19,14 @@ MAX_DEFECTS = 20
 class TorchArchive:
     """A torch file read as far as it can be: its symbolic `value`, and the `defects` met on the way."""
 
-    def __init__(self, path: Path, name: str, folder: Path | None) -> None:
+    def __init__(self, location: Location, name: str, folder: Location | None) -> None:
         self.name = name
         self._folder = folder
         self.value: Any = None
-        self.globals: tuple[str, ...] = ()
+        self.globals: tuple[GlobalFacts, ...] = ()
         self.files: tuple[FileFacts, ...] = ()
         self.defects: list[Defect] = []
-        self._path = path
+        self._location = location
         self._open = ExitStack()
         self._file: TorchFile | None = None
 
@@ -38,17 +39,19 @@ class TorchArchive:
         self._open.close()
 
     def read(self) -> None:
-        defect, size = check_regular_file(self._path, self.name, self._folder)
+        defect, size = self._location.check_file(self.name, self._folder)
         if defect is not None:
             self.defects.append(defect)
             return
         self.files = (FileFacts(self.name, size),)
-        what = name_of_content(self._path)
-        if what is not None:
-            self.defects.append(Defect(DefectKind.UNRECOGNISED, self.name, f"it is {what}, not a file of torch.save"))
-            return
         try:
-            self._file = self._open.enter_context(TorchFile(self._path))
+            source = self._open.enter_context(self._location.open())
+            what = name_of_content(source.read_at(0, min(64, source.size)))
+            if what is not None:
+                message = f"it is {what}, not a file of torch.save"
+                self.defects.append(Defect(DefectKind.UNRECOGNISED, self.name, message))
+                return
+            self._file = TorchFile(source)
             content = self._file.read_pickle()
         except ContainerDefectError as e:
             self.defects.append(defect_of(e, self.name))
@@ -57,7 +60,7 @@ class TorchArchive:
             self.defects.append(Defect(DefectKind.UNREADABLE, self.name, f"it cannot be read: {e.strerror}"))
             return
         self.value = content.value
-        self.globals = tuple(map(str, content.globals))
+        self.globals = tuple(GlobalFacts(g.module, g.name, f"{self.name}:data.pkl") for g in content.globals)
         self._check_storages(content.tensors)
 
     def read_scalar(self, tensor: object) -> float | None:
@@ -76,7 +79,7 @@ class TorchArchive:
             facts,
             files=(*facts.files, *self.files),
             defects=(*facts.defects, *_limited(self.defects)),
-            globals=tuple(sorted({*facts.globals, *self.globals})),
+            globals=(*facts.globals, *self.globals),
         )
 
     def _check_storages(self, tensors: tuple[TensorDescriptor, ...]) -> None:
@@ -88,40 +91,11 @@ class TorchArchive:
                 self.defects.append(defect_of(e, self.name))
 
 
-def read_archive(path: Path, name: str, folder: Path | None = None) -> TorchArchive:
+def read_archive(location: Location, name: str, folder: Location | None = None) -> TorchArchive:
     """Opens and reads a torch file, part of `folder` if given; use the result as a context manager."""
-    archive = TorchArchive(path, name, folder)
+    archive = TorchArchive(location, name, folder)
     archive.read()
     return archive
-
-
-def check_regular_file(path: Path, name: str, folder: Path | None = None) -> tuple[Defect | None, int]:
-    """Whether `path` is a regular file with something in it, and its size in bytes.
-
-    Of a checkpoint `folder`, a file that is a link must stay in that folder, or in the `blobs` of the Hugging Face
-    cache that the folder is a snapshot in.
-    """
-    try:
-        if folder is not None and path.is_symlink() and not _stays_in(path, folder):
-            return Defect(DefectKind.DAMAGED, name, "it is a link that leads out of the checkpoint's folder"), 0
-        status = path.stat()
-    except FileNotFoundError:
-        broken = path.is_symlink()
-        message = "it is a link to a file that is not there" if broken else "it is missing"
-        return Defect(DefectKind.MISSING, name, message), 0
-    except (OSError, RuntimeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "its links go round in a circle"
-        return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {reason}"), 0
-    if not path.is_file():
-        return Defect(DefectKind.UNRECOGNISED, name, "it is not a regular file"), 0
-    if status.st_size == 0:
-        return Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0
-    return None, status.st_size
-
-
-def _stays_in(path: Path, folder: Path) -> bool:
-    target, home = path.resolve(), folder.resolve()
-    return target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")
 
 
 def defect_of(error: ContainerDefectError, name: str) -> Defect:
@@ -141,13 +115,8 @@ _BEGINNINGS = (
 )
 
 
-def name_of_content(path: Path) -> str | None:
+def name_of_content(beginning: bytes) -> str | None:
     """What a file is that does not begin like a torch zip archive; None for one that does."""
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(64)
-    except OSError:
-        return None  # opening it for real says why
     if beginning.startswith(b"PK\x03\x04"):
         return None
     for magic, what in _BEGINNINGS:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from enstack_lightning.checkpoint.facts import Facts
 
@@ -29,12 +29,22 @@ class Options:
             exact counters, else `max(20, batches_per_epoch // 10)`.
         min_lr: learning rates below this are suspicious.
         max_lr: learning rates above this are suspicious. None: twice the initial learning rate.
+        deep: read every byte: compare all checksums and digests, find values that are not finite.
+        allow_globals: names (`module.name`) of classes of the user's own, which he vouches for.
+        select: codes, or beginnings of codes, of the rules to apply; empty for all of them.
+        ignore: codes, or beginnings of codes, of the rules to leave out.
+        run_config: the configuration of the run that is to resume, as its YAML file holds it.
     """
 
     purpose: Literal["resume", "inference"] = "resume"
     tolerance: int | None = None
     min_lr: float = 1e-8
     max_lr: float | None = None
+    deep: bool = False
+    allow_globals: frozenset[str] = frozenset()
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    run_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def unsafe_global(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if not facts.globals:
         return
-    refused = [name for name in facts.globals if name not in ALLOWED_GLOBALS]
+    names = sorted({str(g) for g in facts.globals})
+    refused = [name for name in names if name not in ALLOWED_GLOBALS]
     for name in refused:
         danger = " and can run any command" if name.partition(".")[0] in _RUN_CODE else ""
         yield error(
@@ -73,4 +74,4 @@ def unsafe_global(facts: Facts, options: Options) -> Iterator[Outcome]:
             "callback states to numbers, text, lists, dicts and tensors.",
         )
     if not refused:
-        yield passed(f"safe to load: all {len(facts.globals)} names in its pickle are allowed by weights_only=True")
+        yield passed(f"safe to load: all {len(names)} names in its pickle are allowed by weights_only=True")

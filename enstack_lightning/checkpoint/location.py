@@ -1,0 +1,221 @@
+"""Where a checkpoint stands: a path on disk or a URL that fsspec knows, seen alike by the readers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from enstack_lightning.checkpoint.facts import Defect, DefectKind
+from enstack_lightning.checkpoint.source import LocalSource, RemoteSource, Source
+from enstack_lightning.errors import CheckpointError
+
+
+class Location(ABC):
+    """A file, a folder or nothing, at a place that `str()` names as the user did."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The last part of the path."""
+
+    @abstractmethod
+    def is_folder(self) -> bool:
+        """Whether a folder stands there; a link to a folder is one too.
+
+        Raises:
+            PermissionError: the operating system does not say.
+        """
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether anything stands there, be it a link to nothing."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The names of all that lies in this folder, sorted.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
+
+    @abstractmethod
+    def child(self, name: str) -> Location:
+        """What stands under `name` in this folder."""
+
+    @abstractmethod
+    def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
+        """Whether a regular file with something in it stands there, and its size in bytes.
+
+        Args:
+            name: what to call the file in the defect.
+            folder: the checkpoint's folder, which a link must not lead out of (but for the `blobs` of the Hugging Face
+                cache that the folder is a snapshot in).
+        """
+
+    @abstractmethod
+    def open(self) -> Source:
+        """The file's bytes.
+
+        Raises:
+            ContainerDefectError: it is no regular file.
+            OSError: it cannot be opened.
+        """
+
+    @abstractmethod
+    def modified(self) -> float:
+        """When the file was last written to, in seconds since 1970; 0 where it is not told."""
+
+
+@dataclass(frozen=True)
+class LocalLocation(Location):
+    """A path on disk."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    def exists(self) -> bool:
+        return os.path.lexists(self.path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(entry.name for entry in self.path.iterdir()))
+
+    def child(self, name: str) -> LocalLocation:
+        return LocalLocation(self.path / name)
+
+    def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
+        path = self.path
+        try:
+            if isinstance(folder, LocalLocation) and path.is_symlink() and not _stays_in(path, folder.path):
+                return Defect(DefectKind.DAMAGED, name, "it is a link that leads out of the checkpoint's folder"), 0
+            status = path.stat()
+        except FileNotFoundError:
+            broken = path.is_symlink()
+            message = "it is a link to a file that is not there" if broken else "it is missing"
+            return Defect(DefectKind.MISSING, name, message), 0
+        except (OSError, RuntimeError) as e:
+            loops = isinstance(e, RuntimeError) or e.errno == errno.ELOOP
+            reason = "its links go round in a circle" if loops else e.strerror  # type: ignore[union-attr]
+            return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {reason}"), 0
+        if not path.is_file():
+            return Defect(DefectKind.UNRECOGNISED, name, "it is not a regular file"), 0
+        if status.st_size == 0:
+            return Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0
+        return None, status.st_size
+
+    def open(self) -> Source:
+        return LocalSource(self.path)
+
+    def modified(self) -> float:
+        return self.path.stat().st_mtime
+
+
+@dataclass(frozen=True)
+class RemoteLocation(Location):
+    """An object or a folder of objects behind an fsspec file system.
+
+    Attributes:
+        url: as the user named it, with its protocol.
+        filesystem: the `fsspec.AbstractFileSystem` of the URL.
+        path: the path within it.
+    """
+
+    url: str
+    filesystem: Any
+    path: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def is_folder(self) -> bool:
+        return bool(self.filesystem.isdir(self.path))
+
+    def exists(self) -> bool:
+        return bool(self.filesystem.exists(self.path))
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        found = self.filesystem.ls(self.path, detail=False)
+        return tuple(sorted(n for entry in found if (n := str(entry).rstrip("/").rpartition("/")[2])))
+
+    def child(self, name: str) -> RemoteLocation:
+        return RemoteLocation(f"{self.url.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
+        try:
+            found = self.filesystem.info(self.path)
+        except FileNotFoundError:
+            return Defect(DefectKind.MISSING, name, "it is missing"), 0
+        except OSError as e:
+            return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}"), 0
+        if found.get("type") != "file":
+            return Defect(DefectKind.UNRECOGNISED, name, "it is not a file"), 0
+        size = int(found.get("size") or 0)
+        return (None, size) if size else (Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0)
+
+    def open(self) -> Source:
+        return RemoteSource(self.filesystem, self.path)
+
+    def modified(self) -> float:
+        try:
+            return float(self.filesystem.modified(self.path).timestamp())
+        except (NotImplementedError, OSError, AttributeError):
+            return 0.0
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a place that only fsspec can read."""
+    protocol, separator, _ = path.partition("://")
+    return bool(separator) and protocol not in ("", "file", "local")
+
+
+def locate(path: str | os.PathLike[str]) -> Location:
+    """The place that a path or URL names.
+
+    Raises:
+        CheckpointError: the URL's protocol needs a package that is not installed, or is not known.
+    """
+    text = os.fspath(path)
+    if not is_url(text):
+        return LocalLocation(Path(text.removeprefix("file://").removeprefix("local://")))
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as e:
+        raise CheckpointError(f"{text} is a URL, and reading it needs the package fsspec: pip install fsspec") from e
+    try:
+        filesystem, inner = url_to_fs(text)
+    except (ImportError, ValueError) as e:
+        raise CheckpointError(f"{text} cannot be opened: {e}") from e
+    return RemoteLocation(text, filesystem, inner)
+
+
+def _stays_in(path: Path, folder: Path) -> bool:
+    target, home = path.resolve(), folder.resolve()
+    return target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name from an index or a metadata file is anything but a plain path below its folder."""
+    parts: Sequence[str] = name.replace("\\", "/").split("/")
+    return not name or "\0" in name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts)

@@ -1,0 +1,175 @@
+"""Bytes that can be read at any offset, from a local file or from an object store, and nothing else.
+
+Everything the readers know of a file's content comes through a `Source`: it opens regular files only, never waits for
+a FIFO, never reads beyond the end, and tells whether the file changed while it was read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+RANGE_GAP = 64 * 2**10
+"""Remote ranges that are closer to each other than this are fetched as one."""
+
+
+class ContainerDefectError(ValueError):
+    """A file is not what its format demands.
+
+    Attributes:
+        kind: `truncated` when bytes are missing at the end, `damaged` when bytes are not what they were,
+            `unrecognised` when the file is something else.
+        record: the record concerned, where there is one.
+    """
+
+    def __init__(self, kind: str, message: str, record: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.record = record
+
+
+class Source(ABC):
+    """An open file of `size` bytes; use it as a context manager."""
+
+    size: int
+
+    @abstractmethod
+    def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
+        """Exactly `count` bytes from `offset` on.
+
+        Raises:
+            ContainerDefectError: the file ends before.
+            OSError: the file cannot be read.
+        """
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Says which `(offset, count)` ranges will be read next, so that a remote source can fetch them together."""
+        return
+
+    def part(self, offset: int, size: int) -> Source:
+        """A window on `size` bytes from `offset` on, as a source of its own; closing it closes nothing."""
+        return _Part(self, offset, size)
+
+    def local_fd(self) -> tuple[int, int] | None:
+        """The file descriptor and the offset in it at which this source begins; None for a remote one."""
+        return None
+
+    def has_changed(self) -> bool:
+        """Whether the file was written to or replaced since it was opened."""
+        return False
+
+    def close(self) -> None:
+        """Closes the file."""
+        return
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LocalSource(Source):
+    """A regular file on disk.
+
+    Raises:
+        ContainerDefectError: what stands at `path` is no regular file.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        self._status = os.fstat(self._fd)
+        if not stat.S_ISREG(self._status.st_mode):
+            os.close(self._fd)
+            raise ContainerDefectError("unrecognised", "it is not a regular file")
+        self.size = self._status.st_size
+
+    def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
+        data = os.pread(self._fd, count, offset)
+        if len(data) != count:
+            raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes")
+        return data
+
+    def local_fd(self) -> tuple[int, int] | None:
+        return self._fd, 0
+
+    def has_changed(self) -> bool:
+        now = os.fstat(self._fd)
+        return (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class RemoteSource(Source):
+    """An object behind an fsspec file system, read in ranges; the whole object is never fetched.
+
+    Args:
+        filesystem: an `fsspec.AbstractFileSystem`.
+        path: the object's path within it.
+    """
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self.size = int(filesystem.info(path)["size"])
+        self._fetched: list[tuple[int, bytes]] = []
+
+    def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
+        if offset + count > self.size:
+            raise ContainerDefectError("truncated", f"{what} ends after {self.size - offset:,} of {count:,} bytes")
+        for start, data in self._fetched:
+            if start <= offset and offset + count <= start + len(data):
+                return data[offset - start : offset - start + count]
+        data = bytes(self._filesystem.cat_file(self._path, start=offset, end=offset + count)) if count else b""
+        if len(data) != count:
+            raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes")
+        return data
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        wanted = _merged((offset, min(offset + count, self.size)) for offset, count in ranges)
+        starts, ends = [s for s, _ in wanted], [e for _, e in wanted]
+        found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
+        self._fetched = [(start, bytes(data)) for start, data in zip(starts, found, strict=True)]
+
+
+class _Part(Source):
+    def __init__(self, whole: Source, offset: int, size: int) -> None:
+        self._whole = whole
+        self._offset = offset
+        self.size = size
+
+    def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
+        if offset + count > self.size:
+            raise ContainerDefectError("truncated", f"{what} ends after {self.size - offset:,} of {count:,} bytes")
+        return self._whole.read_at(self._offset + offset, count, what)
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._whole.prefetch((self._offset + offset, count) for offset, count in ranges)
+
+    def local_fd(self) -> tuple[int, int] | None:
+        whole = self._whole.local_fd()
+        return None if whole is None else (whole[0], whole[1] + self._offset)
+
+    def has_changed(self) -> bool:
+        return self._whole.has_changed()
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans with those that lie close together joined."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start - merged[-1][1] <= RANGE_GAP:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
