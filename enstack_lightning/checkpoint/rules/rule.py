@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -74,11 +75,30 @@ Check = Callable[[Facts, Options], Iterable[Outcome]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One check with its stable code and name; the function's docstring is its documentation."""
+    """One check with its stable code and name; the function's docstring is its documentation.
+
+    Attributes:
+        severity: the worst that it can say.
+        compares: what it holds against what, in a few words.
+        source: where what it holds things against is written down.
+    """
 
     code: str
     name: str
     check: Check
+    severity: Severity = Severity.ERROR
+    compares: str = ""
+    source: str = ""
+
+    @property
+    def explanation(self) -> str:
+        """The docstring of its function."""
+        return inspect.getdoc(self.check) or ""
+
+    @property
+    def summary(self) -> str:
+        """The explanation's first paragraph, in one line."""
+        return " ".join(self.explanation.partition("\n\n")[0].split())
 
     def findings(self, facts: Facts, options: Options) -> list[Finding]:
         return [
@@ -90,13 +110,15 @@ RULES: dict[str, Rule] = {}
 """Every rule by its code."""
 
 
-def rule(code: str, name: str) -> Callable[[Check], Check]:
-    """Puts a check into the table of rules."""
+def rule(
+    code: str, name: str, severity: Severity = Severity.ERROR, *, compares: str = "", source: str = ""
+) -> Callable[[Check], Check]:
+    """Puts a check into the table of rules; `severity` is the worst that it can say."""
 
     def register(check: Check) -> Check:
         if code in RULES or not check.__doc__:
             raise ValueError(f"rule {code} is there twice or has no docstring")
-        RULES[code] = Rule(code, name, check)
+        RULES[code] = Rule(code, name, check, severity, compares, source)
         return check
 
     return register
