@@ -10,7 +10,7 @@ from typing import Literal
 
 from enstack_lightning.checkpoint.facts import Facts, Format
 
-ResumeKind = Literal["end-of-epoch", "mid-epoch", "finished", "not-resumable"]
+ResumeKind = Literal["initial", "end-of-epoch", "mid-epoch", "finished", "not-resumable"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class ResumePlan:
         next_batch: the batch of that epoch that is trained next, from 0.
         optimizer_steps: steps that the optimizer itself has counted.
         learning_rate: the learning rate of the next step, of the first param group.
+        max_epochs: the epochs that the run was set to train; None where it is not known or without limit.
+        batches_repeated: batches that are trained a second time, at most; 0 where the loader's position is saved.
     """
 
     kind: ResumeKind
@@ -35,6 +37,8 @@ class ResumePlan:
     batches_per_epoch: int | None
     optimizer_steps: int | None
     learning_rate: float | None
+    max_epochs: int | None = None
+    batches_repeated: int = 0
 
     @property
     def batches_left(self) -> int | None:
