@@ -46,6 +46,8 @@ class CheckpointGuard(Callback):
         step_tolerance: optimizer steps by which actual and expected may differ. Default: none where the checkpoint
             has exact counters, else `max(20, batches_per_epoch // 10)`.
         lr_bounds: lowest and highest learning rate to go on with. Default: 1e-8 and twice the initial one.
+        allow_globals: names (`module.Class`) of your own classes in the checkpoint that you vouch for. torch must be
+            told too, with `torch.serialization.add_safe_globals` or `weights_only=False`.
 
     Attributes:
         report: the report on the last checkpoint judged; None before the first.
@@ -60,6 +62,7 @@ class CheckpointGuard(Callback):
         strict: bool = False,
         step_tolerance: int | None = None,
         lr_bounds: tuple[float, float] | None = None,
+        allow_globals: list[str] | None = None,
     ) -> None:
         super().__init__()
         if step_tolerance is not None and step_tolerance < 0:
@@ -68,7 +71,7 @@ class CheckpointGuard(Callback):
             raise CheckpointGuardError(f"lr_bounds are {lr_bounds} and must be two numbers, the lower one first")
         self.strict = strict
         self.report: Report | None = None
-        self._options = Options(tolerance=step_tolerance)
+        self._options = Options(tolerance=step_tolerance, allow_globals=frozenset(allow_globals or ()))
         if lr_bounds is not None:
             self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
         self._loaded: Facts | None = None

@@ -53,6 +53,8 @@ def run_of(trainer: Trainer) -> RunFacts:
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
+        world_size=trainer.world_size,
+        precision=str(trainer.precision),
         scheduler_intervals=tuple(c.interval for c in trainer.lr_scheduler_configs),
         scheduler_frequencies=tuple(c.frequency for c in trainer.lr_scheduler_configs),
     )
