@@ -128,7 +128,7 @@ def saved_while_training(folder: Path, module: LightningModule, *callbacks: Call
     keep = ModelCheckpoint(folder / "saved", save_top_k=-1, filename="{epoch}-{step}", **saves)
     torch.manual_seed(0)
     quiet_trainer(folder, keep, *callbacks, **{"max_epochs": 2, **options}).fit(module)
-    return min((folder / "saved").glob("*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2].partition("-")[0]))
+    return min((folder / "saved").glob("epoch=*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2].partition("-")[0]))
 
 
 def lightning(
@@ -387,7 +387,7 @@ def _after_validation(folder: Path) -> Path:
 
 def _on_exception(folder: Path) -> Path:
     try:
-        quiet_trainer(folder, OnExceptionCheckpoint(folder)).fit(Breaks())
+        quiet_trainer(folder, OnExceptionCheckpoint(folder), enable_checkpointing=True).fit(Breaks())
     except RuntimeError:
         return folder / "on_exception.ckpt"
     raise AssertionError("training was not interrupted")
