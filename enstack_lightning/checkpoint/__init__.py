@@ -9,9 +9,9 @@ from enstack_lightning.checkpoint.facts import Facts, Format
 from enstack_lightning.checkpoint.report import Report, Verdict, to_json, to_table, to_text, worst
 from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
 from enstack_lightning.checkpoint.rules import RULES, Finding, Options, Rule, Severity, judge
+from enstack_lightning.checkpoint.search import checkpoints_at, find_checkpoints
 from enstack_lightning.checkpoint.verify import (
     failure_of,
-    find_checkpoints,
     find_last_good,
     newest_good,
     quick_verify_checkpoint,
@@ -30,6 +30,7 @@ __all__ = [
     "Rule",
     "Severity",
     "Verdict",
+    "checkpoints_at",
     "failure_of",
     "find_checkpoints",
     "find_last_good",

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from enstack_lightning.checkpoint.facts import Facts
-from enstack_lightning.checkpoint.location import LocalLocation, locate
-from enstack_lightning.checkpoint.readers import is_enstack_folder, read_facts
+from enstack_lightning.checkpoint.location import locate
+from enstack_lightning.checkpoint.readers import read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules import Finding, Options, Severity, judge
+from enstack_lightning.checkpoint.search import find_checkpoints
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
-
-SEARCH_DEPTH = 5
 
 
 def verify_checkpoint(path: str | os.PathLike[str], options: Options | None = None) -> Report:
@@ -57,17 +55,6 @@ def find_last_good(folder: str | os.PathLike[str], options: Options | None = Non
     return newest_good([verify_checkpoint(p, options) for p in find_checkpoints(folder)])
 
 
-def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Every Lightning `.ckpt` file and EnStack folder below `folder`, each once, sorted by path.
-
-    Numbers in names count as numbers: `step=2` comes before `step=10`. Links are not followed into
-    other folders; a link to a checkpoint that is listed itself is left out.
-    """
-    found = list(_walk(Path(folder), SEARCH_DEPTH))
-    own = {p.resolve() for p in found if not p.is_symlink()}
-    return sorted((p for p in found if not p.is_symlink() or p.resolve() not in own), key=_as_people_count)
-
-
 def newest_good(reports: list[Report]) -> Report | None:
     """Of the checkpoints that training can resume from, the one with the most steps.
 
@@ -101,28 +88,8 @@ def report_on(
     return Report(path, facts, findings, plan, time.perf_counter() - began)
 
 
-def _as_people_count(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
-
-
 def _age(report: Report) -> tuple[int, int, bool, float]:
     p = report.facts.progress
     done = (p.epochs_completed or 0, p.batches_in_epoch or 0)
     steps = p.global_step if p.global_step is not None else done[0] * (p.batches_per_epoch or 1) + done[1]
     return steps, done[0], report.verdict is Verdict.PASS, Path(report.path).stat().st_mtime
-
-
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    if is_enstack_folder(LocalLocation(folder)):
-        yield folder
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    except OSError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if depth > 0 and not entry.name.startswith("."):
-                yield from _walk(Path(entry.path), depth - 1)
-        elif entry.name.endswith(".ckpt") and not entry.name.startswith("."):
-            yield Path(entry.path)

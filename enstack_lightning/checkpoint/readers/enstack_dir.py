@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import (
     Defect,
     DefectKind,
@@ -47,7 +48,7 @@ def is_enstack_folder(location: Location) -> bool:
     return any(location.child(name).exists() for name in (STATE_FILE, CONFIG_FILE, *WEIGHT_FILES))
 
 
-def read_enstack_folder(location: Location) -> Facts:
+def read_enstack_folder(location: Location, deep: DeepRead | None = None) -> Facts:
     """Facts of an EnStack folder; what cannot be read becomes a defect."""
     facts = Facts(str(location), Format.ENSTACK)
     facts = _add_config(facts, location)

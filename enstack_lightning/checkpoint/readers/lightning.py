@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import Facts, Format, ProgressFacts, RunFacts
 from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.shapes import misshapen
@@ -28,7 +29,7 @@ from enstack_lightning.checkpoint.readers.torch_archive import read_archive
 VERSION_KEY = "pytorch-lightning_version"
 
 
-def read_lightning(location: Location) -> Facts:
+def read_lightning(location: Location, deep: DeepRead | None = None) -> Facts:
     """Facts of a Lightning checkpoint file; what cannot be read becomes a defect."""
     with read_archive(location, location.name) as archive:
         facts = lightning_facts(archive.value, str(location), archive.read_scalar)
@@ -40,6 +41,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     if not isinstance(checkpoint, Mapping):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
+    optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
@@ -47,8 +49,8 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         fields=field_types(checkpoint),
         tensors=tensors_of(checkpoint.get("state_dict")),
         progress=progress_facts(checkpoint),
-        optimizers=optimizers_of(checkpoint.get("optimizer_states"), read_scalar),
-        schedulers=schedulers_of(checkpoint.get("lr_schedulers")),
+        optimizers=optimizers,
+        schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),
         run=run_facts(at(guard, ["run"])),
         metrics=_best_metrics(checkpoint.get("callbacks")),
         hyper_parameters=plain(checkpoint.get("hyper_parameters")) or {},
@@ -60,11 +62,14 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
 def run_facts(recorded: object) -> RunFacts:
     """The run as the guard recorded it in its callback state."""
     intervals, frequencies = at(recorded, ["scheduler_intervals"]), at(recorded, ["scheduler_frequencies"])
+    precision = at(recorded, ["precision"])
     return RunFacts(
         batches_per_epoch=whole(at(recorded, ["batches_per_epoch"])),
         accumulate_grad_batches=whole(at(recorded, ["accumulate_grad_batches"])),
         max_epochs=whole(at(recorded, ["max_epochs"])),
         max_steps=whole(at(recorded, ["max_steps"])),
+        world_size=whole(at(recorded, ["world_size"])),
+        precision=precision if isinstance(precision, str) else None,
         scheduler_intervals=tuple(map(str, intervals)) if isinstance(intervals, list) else (),
         scheduler_frequencies=tuple(whole(n) or 1 for n in frequencies) if isinstance(frequencies, list) else (),
     )

@@ -7,7 +7,7 @@ The same functions serve a file's symbolic content and a dict that was really lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import (
@@ -16,9 +16,18 @@ from enstack_lightning.checkpoint.facts import (
     SchedulerFacts,
     TensorFacts,
 )
+from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
+from enstack_lightning.checkpoint.schedule import describe
 
 ScalarReader = Callable[[Any], float | None]
 """The value of a scalar tensor, or None when it cannot be told."""
+
+_OF_OPTIMIZERS_WITH_STATE = frozenset(
+    ("betas", "alpha", "rho", "etas", "lambd", "beta2_decay", "clip_threshold", "initial_accumulator_value")
+)
+"""Options of a param group that only optimizers have which keep state after their first step, from the first on:
+Adam and its kin, RMSprop, Adadelta, Rprop, ASGD, Adafactor (torch's and transformers'), Adagrad."""
+_OWN_FIELDS = frozenset(("params", "lr", "initial_lr", "max_lr"))
 
 
 def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[OptimizerFacts, ...] | None:
@@ -44,7 +53,44 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader) -> Optimiz
         groups=tuple(_group_of(g) for g in groups if isinstance(g, Mapping)) if isinstance(groups, list) else (),
         steps=steps,
         parameters_with_state=sum(1 for s in states.values() if s),
+        moments={key: shapes for key, s in states.items() if isinstance(s, Mapping) and (shapes := _moment_shapes(s))},
     )
+
+
+def named_weights(state_dict: object) -> dict[str, TensorDescriptor]:
+    """The tensors of a state dict from a file, by name; empty when the value is no such dict."""
+    if not isinstance(state_dict, Mapping):
+        return {}
+    return {str(name): value for name, value in state_dict.items() if isinstance(value, TensorDescriptor)}
+
+
+def named_moments(optimizer_states: object) -> dict[str, TensorDescriptor]:
+    """The tensors that optimizers keep for their parameters, from a file.
+
+    Args:
+        optimizer_states: one `Optimizer.state_dict()` or a list of them.
+
+    Returns:
+        The tensors under names such as `optimizer 0, parameter 3, exp_avg`.
+    """
+    entries = optimizer_states if isinstance(optimizer_states, list) else [optimizer_states]
+    named = {}
+    for i, entry in enumerate(entries):
+        states = at(entry, ["state"])
+        for key, state in states.items() if isinstance(states, Mapping) else ():
+            for name, value in state.items() if isinstance(state, Mapping) else ():
+                if isinstance(value, TensorDescriptor):
+                    named[f"optimizer {i}, parameter {key}, {name}"] = value
+    return named
+
+
+def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a parameter's tensors, scalars left out."""
+    return {
+        str(name): tuple(int(n) for n in value.shape)
+        for name, value in state.items()
+        if hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape)
+    }
 
 
 def _group_of(group: Mapping[str, Any]) -> ParamGroupFacts:
@@ -55,28 +101,51 @@ def _group_of(group: Mapping[str, Any]) -> ParamGroupFacts:
         lr=number(group.get("lr")),
         initial_lr=number(group.get("initial_lr")),
         max_lr=number(group.get("max_lr")),
-        keeps_moments="betas" in group or bool(momentum),
+        keeps_moments=bool(momentum) or not _OF_OPTIMIZERS_WITH_STATE.isdisjoint(map(str, group)),
+        options={str(name): _option(name, value) for name, value in group.items() if name not in _OWN_FIELDS},
     )
 
 
-def schedulers_of(entries: object) -> tuple[SchedulerFacts, ...] | None:
+def _option(name: str, value: object) -> Any:
+    whole_list = name == "param_names" and isinstance(value, list)  # one a parameter, so of no fixed length
+    return [str(v) for v in value] if whole_list and isinstance(value, list) else plain(value)
+
+
+def schedulers_of(
+    entries: object, optimizers: Sequence[OptimizerFacts] | None = None
+) -> tuple[SchedulerFacts, ...] | None:
     """Facts of a list of `LRScheduler.state_dict()`; None when the value is no such list."""
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         return None
-    return tuple(scheduler_of(e) for e in entries)
+    return tuple(scheduler_of(e, _groups_under(i, len(entries), optimizers or ())) for i, e in enumerate(entries))
 
 
-def scheduler_of(entry: Mapping[str, Any]) -> SchedulerFacts:
-    """Facts of one `LRScheduler.state_dict()`."""
+def scheduler_of(entry: Mapping[str, Any], groups: Sequence[ParamGroupFacts] = ()) -> SchedulerFacts:
+    """Facts of one `LRScheduler.state_dict()`.
+
+    Args:
+        groups: the param groups of its optimizer, where it is known which that is.
+    """
     # A ChainedScheduler has a position of its own that never moves; those of its parts count.
     chained = "_schedulers" in entry and "_milestones" not in entry
+    schedule = describe(entry, groups)
     return SchedulerFacts(
         last_epoch=None if chained else whole(entry.get("last_epoch")),
         last_lr=_numbers(entry.get("_last_lr")),
         base_lrs=_numbers(entry.get("base_lrs")),
         max_lrs=_numbers(entry.get("max_lrs")),
         total_steps=whole(entry.get("total_steps")),
+        kind=schedule.kind,
+        next_lrs=schedule.next_lrs,
+        curve=schedule.curve,
     )
+
+
+def _groups_under(i: int, count: int, optimizers: Sequence[OptimizerFacts]) -> Sequence[ParamGroupFacts]:
+    """The groups that scheduler `i` of `count` sets; none where the checkpoint does not tell whose it is."""
+    if len(optimizers) == 1:
+        return optimizers[0].groups
+    return optimizers[i].groups if len(optimizers) == count else ()
 
 
 def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
