@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
-from enstack_lightning.checkpoint.facts import Facts
+from enstack_lightning.checkpoint.deep import DeepRead, Progress
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
 from enstack_lightning.checkpoint.location import locate
 from enstack_lightning.checkpoint.readers import read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
@@ -17,14 +18,19 @@ from enstack_lightning.checkpoint.search import find_checkpoints
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
 
-def verify_checkpoint(path: str | os.PathLike[str], options: Options | None = None) -> Report:
-    """Verifies one checkpoint: a Lightning `.ckpt` file or an EnStack folder.
+def verify_checkpoint(
+    path: str | os.PathLike[str], options: Options | None = None, progress: Progress | None = None
+) -> Report:
+    """Verifies one checkpoint of any known format, on disk or behind a URL that fsspec knows.
 
-    Only headers, the pickle and the optimizer's step counts are read, so the time does not grow with the tensors.
+    Headers, pickles and the optimizer's step counts are read, so the time does not grow with the tensors; with
+    `Options(deep=True)` every byte is read once, compared with its checksum and with the manifest's digest, and values
+    that are not finite are found.
 
     Args:
-        path: file or folder.
-        options: tolerance and learning rate bounds.
+        path: file, folder or URL.
+        options: what it is wanted for, how deep to look, tolerances.
+        progress: called with the number of bytes just read of a deep verification, from any thread.
 
     Returns:
         The report. A checkpoint that cannot be read or understood fails; this function does not raise for it.
@@ -34,7 +40,22 @@ def verify_checkpoint(path: str | os.PathLike[str], options: Options | None = No
         <Verdict.FAIL: 'fail'>
     """
     began = time.perf_counter()
-    return report_on(lambda: read_facts(locate(path)), str(path), options, began)
+    deep = DeepRead(progress) if options is not None and options.deep else None
+    return report_on(lambda: _facts_at(path, deep), str(path), options, began)
+
+
+def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None) -> Facts:
+    try:
+        location = locate(path)
+    except CheckpointError as e:
+        return Facts(str(path), defects=(Defect(DefectKind.UNREADABLE, str(path), str(e)),))
+    facts = read_facts(location, deep)
+    try:
+        from enstack_lightning.checkpoint.manifest import compare_manifest
+    except ImportError:
+        return facts
+    manifest = compare_manifest(location, deep is not None, deep.progress if deep else None)
+    return facts if manifest is None else dataclasses.replace(facts, manifest=manifest)
 
 
 def quick_verify_checkpoint(path: str | os.PathLike[str]) -> Report:
@@ -52,15 +73,15 @@ def quick_verify_checkpoint(path: str | os.PathLike[str]) -> Report:
 
 def find_last_good(folder: str | os.PathLike[str], options: Options | None = None) -> Report | None:
     """The report on the newest checkpoint below `folder` that training can resume from; None when there is none."""
-    return newest_good([verify_checkpoint(p, options) for p in find_checkpoints(folder)])
+    return newest_good(verify_checkpoint(p, options) for p in find_checkpoints(folder))
 
 
-def newest_good(reports: list[Report]) -> Report | None:
+def newest_good(reports: Iterable[Report]) -> Report | None:
     """Of the checkpoints that training can resume from, the one with the most steps.
 
     Of equals it is one without warnings, and then the youngest file.
     """
-    good = [r for r in reports if r.verdict is not Verdict.FAIL and r.resume is not None]
+    good = (r for r in reports if r.verdict is not Verdict.FAIL and _can_resume(r))
     return max(good, key=_age, default=None)
 
 
@@ -69,7 +90,7 @@ def failure_of(report: Report) -> CheckpointError:
     errors = report.of(Severity.ERROR)
     said = "; ".join(f"{f.code} {f.message}" for f in errors) or "nothing in it could be verified"
     hint = next((f.hint for f in errors if f.hint), "")
-    kind = CheckpointNotFoundError if not os.path.lexists(report.path) else CheckpointError
+    kind = CheckpointError if _exists(report.path) else CheckpointNotFoundError
     return kind(f"checkpoint {report.path} must not be used: {said}. {hint}".strip())
 
 
@@ -88,8 +109,19 @@ def report_on(
     return Report(path, facts, findings, plan, time.perf_counter() - began)
 
 
+def _exists(path: str) -> bool:
+    try:
+        return locate(path).exists()
+    except (CheckpointError, OSError):
+        return False
+
+
+def _can_resume(report: Report) -> bool:
+    return report.resume is not None and report.resume.kind != "not-resumable"
+
+
 def _age(report: Report) -> tuple[int, int, bool, float]:
     p = report.facts.progress
     done = (p.epochs_completed or 0, p.batches_in_epoch or 0)
     steps = p.global_step if p.global_step is not None else done[0] * (p.batches_per_epoch or 1) + done[1]
-    return steps, done[0], report.verdict is Verdict.PASS, Path(report.path).stat().st_mtime
+    return steps, done[0], report.verdict is Verdict.PASS, locate(report.path).modified()

@@ -1,73 +1,139 @@
-"""How long verifying takes against loading and hashing, and which damage each of them notices. Run by hand.
+"""What verifying costs, next to the other tools, on a checkpoint of CodeBERT's shape. Run by hand:
 
-    python tests/benchmarks/bench_verify.py [--megabytes 1500]
+    python tests/benchmarks/bench_verify.py [--layers 12]
 
-Every figure is measured in this run, on one checkpoint of CodeBERT's shape with AdamW's state; times are the best of
-five with the file in the page cache, memory is the peak of a process of its own above its imports.
+Every figure is measured in this run. Times are the best of five with the file in the page cache; memory is the peak
+resident memory of a whole process, its imports included.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import random
+import dataclasses
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from enstack_lightning.checkpoint import Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 REPEATS = 5
-FLIPS = 300
-WAYS = {
-    "enstack verify": "from enstack_lightning.checkpoint import verify_checkpoint as run",
-    "torch.load mmap": "import torch; run = lambda p: torch.load(p, mmap=True, weights_only=True)",
-    "torch.load": "import torch; run = lambda p: torch.load(p, weights_only=True)",
-    "sha256": "import hashlib; run = lambda p: hashlib.file_digest(open(p, 'rb'), 'sha256')",
-}
+STEPS = 500
+EPOCH = 2
+ORIGINAL = Path(__file__).with_name("original_verify.py")
 
 
-def write_checkpoint(path: Path, megabytes: int) -> int:
-    """A Lightning checkpoint of about that size: a third weights, two thirds AdamW moments. Returns its parameters."""
-    width = 768
-    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 9 + [(4 * width,)]
-    layer = sum(torch.Size(s).numel() for s in shapes)
-    layers = max(1, megabytes * 1_000_000 // (12 * layer))
-    weights = {f"model.layer.{i}.{j}": torch.randn(s) * 0.02 for i in range(layers) for j, s in enumerate(shapes)}
-    moments = {
-        n: {"step": torch.tensor(500.0), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.ones_like(w)}
-        for n, w in enumerate(weights.values())
+# The checkpoints
+
+
+def weights_of(layers: int, scale: int = 1) -> dict[str, torch.Tensor]:
+    """The weights of `RobertaForSequenceClassification`; `scale` makes every tensor that many times larger."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 5}
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=layers, **sizes))
+    shapes = {name: (scale, *p.shape) if scale > 1 else tuple(p.shape) for name, p in model.named_parameters()}
+    make: Callable[[Any], torch.Tensor] = torch.empty if scale > 1 else torch.randn
+    return {name: make(shape) for name, shape in shapes.items()}
+
+
+def optimizer_state(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """AdamW's state after `STEPS` steps."""
+    state = {
+        number: {"step": torch.tensor(float(STEPS)), "exp_avg": torch.empty_like(w), "exp_avg_sq": torch.empty_like(w)}
+        for number, w in enumerate(weights.values())
     }
-    group = {"lr": 1e-5, "initial_lr": 2e-5, "betas": (0.9, 0.999), "params": list(range(len(weights)))}
-    counter = {"ready": 500, "started": 500, "processed": 500, "completed": 500}
+    if next(iter(weights.values())).ndim <= 2:  # the sparse file's tensors stay untouched, they would fill the memory
+        for entry in state.values():
+            entry["exp_avg"].normal_()
+            entry["exp_avg_sq"].fill_(1e-6)
+    group = {"lr": 1e-5, "initial_lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    return {"state": state, "param_groups": [{**group, "params": list(state)}]}
+
+
+def lightning_dict(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    counter = dict.fromkeys(("ready", "started", "processed", "completed"), STEPS)
     step = {"total": counter, "current": counter}
+    ones = dict.fromkeys(counter, 1)
     loop = {
-        "epoch_progress": {"total": dict.fromkeys(counter, 1), "current": dict.fromkeys(counter, 1)},
+        "epoch_progress": {"total": ones, "current": ones},
         "epoch_loop.batch_progress": {"total": counter, "current": counter, "is_last_batch": True},
         "epoch_loop.scheduler_progress": {"total": counter, "current": counter},
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": step}},
     }
-    checkpoint = {
+    return {
         "epoch": 0,
-        "global_step": 500,
+        "global_step": STEPS,
         "pytorch-lightning_version": "2.6.6",
-        "state_dict": weights,
+        "state_dict": {f"network.{name}": w for name, w in weights.items()},
         "loops": {"fit_loop": loop},
-        "optimizer_states": [{"state": moments, "param_groups": [group]}],
-        "lr_schedulers": [{"last_epoch": 500, "_last_lr": [1e-5], "base_lrs": [2e-5]}],
+        "optimizer_states": [optimizer_state(weights)],
+        "lr_schedulers": [{"last_epoch": STEPS, "_last_lr": [1e-5], "base_lrs": [2e-5]}],
     }
-    torch.save(checkpoint, path)
-    return layers * layer
 
 
-def seconds(run: Callable[[], object]) -> float:
+def write_lightning(path: Path, layers: int) -> int:
+    """A Lightning checkpoint; returns how many parameters its model has."""
+    weights = weights_of(layers)
+    torch.save(lightning_dict(weights), path)
+    return sum(w.numel() for w in weights.values())
+
+
+def write_sparse(path: Path, layers: int) -> None:
+    """The same records, each tensor ten times as large, its bytes a hole in the file but for the step counts."""
+    with torch.serialization.skip_data():
+        torch.save(lightning_dict(weights_of(layers, scale=10)), path)
+    with LocalSource(path) as source:
+        file = TorchFile(source)
+        state = file.read_pickle().value["optimizer_states"][0]["state"]
+        offsets = [file.payload_offset(f"data/{entry['step'].storage.key}") for entry in state.values()]
+    with path.open("r+b") as target:
+        for offset in offsets:
+            target.seek(offset)
+            target.write(torch.tensor(float(STEPS)).numpy().tobytes())
+
+
+def write_enstack(folder: Path, layers: int) -> None:
+    folder.mkdir()
+    weights = weights_of(layers)
+    state = {
+        "epoch": EPOCH,
+        "step": 0,
+        "total_batches": STEPS // EPOCH,
+        "best_val_f1": 0.78,
+        "best_val_acc": 0.78,
+        "optimizer_state_dict": optimizer_state(weights),
+        "scheduler_state_dict": {"last_epoch": STEPS, "_last_lr": [1e-5], "base_lrs": [2e-5]},
+        "scaler_state_dict": None,
+    }
+    torch.save(state, folder / "training_state.pth")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta"}
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+
+
+# The measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of the best run, and peak resident memory in MB of a process that does it once."""
+
+    seconds: float
+    megabytes: float
+
+
+def best(run: Callable[[], object]) -> float:
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -76,82 +142,120 @@ def seconds(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def peak_megabytes(imports: str, path: Path) -> float:
+def process(*command: str) -> Cost:
+    """A whole process. Its peak memory is read from the kernel while it ends, and begins at its exec."""
+    seconds = best(lambda: subprocess.run(command, check=True, capture_output=True))
     # VmHWM: getrusage's peak would begin with that of this process, from before the exec.
-    script = (
-        f"import sys, re; {imports}\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-        "before = peak(); kept = run(sys.argv[1]); print((peak() - before) / 1024)"
+    report = (
+        "import atexit, os, re, runpy, sys\n"
+        "atexit.register(lambda: os.write(2, re.search(rb'VmHWM:\\s+(\\d+)',"
+        " open('/proc/self/status', 'rb').read())[1]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    body = command[1:]
+    if body[0] == "-c":
+        script = report + f"sys.argv = ['-c', *sys.argv[1:]]\n{body[1]}"
+        arguments = body[2:]
+    elif body[0] == "-m":
+        script = (
+            report + f"sys.argv = sys.argv[0:1] + sys.argv[1:]\nrunpy.run_module({body[1]!r}, {{}}, '__main__', True)"
+        )
+        arguments = body[2:]
+    else:
+        script = report + f"runpy.run_path({body[0]!r}, {{}}, '__main__')"
+        arguments = body[1:]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True)
+    return Cost(seconds, int(done.stderr.split()[-1]) / 1024)
 
 
-def process_seconds(command: list[str]) -> float:
-    return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+def python(*arguments: str) -> Cost:
+    return process(sys.executable, *arguments)
 
 
-def print_speed(path: Path) -> None:
-    runs: dict[str, Callable[[], object]] = {
-        "enstack verify": lambda: verify_checkpoint(path),
-        "torch.load mmap": lambda: torch.load(path, mmap=True, weights_only=True),
-        "torch.load": lambda: torch.load(path, weights_only=True),
-        "sha256": lambda: hashlib.file_digest(path.open("rb"), "sha256"),
-    }
-    assert verify_checkpoint(path).verdict is Verdict.PASS
-    base = seconds(runs["enstack verify"])
-    print(f"{'in one process':18} {'seconds':>10} {'ratio':>9} {'peak MB':>9}")
-    for name, run in runs.items():
-        taken = seconds(run)
-        print(f"{name:18} {taken:10.4f} {taken / base:8.1f}x {peak_megabytes(WAYS[name], path):9.1f}")
-    verify = process_seconds([sys.executable, "-m", "enstack_lightning", "verify", str(path)])
-    load = process_seconds([sys.executable, "-c", f"import torch; torch.load({str(path)!r}, weights_only=True)"])
-    print(f"\n{'whole process':18} {'seconds':>10} {'ratio':>9}")
-    print(f"{'enstack verify':18} {verify:10.4f} {1:8.1f}x\n{'torch.load':18} {load:10.4f} {load / verify:8.1f}x")
+def line(what: str, cost: Cost, base: Cost | None = None) -> None:
+    ratios = "" if base is None else f"{cost.seconds / base.seconds:8.2f}x {cost.megabytes / base.megabytes:8.2f}x"
+    print(f"{what:44} {cost.seconds:9.3f} {cost.megabytes:9.0f} {ratios}", flush=True)
 
 
-def loads(path: Path) -> bool:
-    try:
-        torch.load(path, weights_only=True)
-    except Exception:
-        return False
-    return True
+def heading(title: str) -> None:
+    print(f"\n{title:44} {'seconds':>9} {'peak MB':>9} {'time':>9} {'memory':>9}")
 
 
-def print_what_is_noticed(path: Path) -> None:
-    """Flips random bits of the pickle, which says what every tensor is and how far training had come."""
-    with LocalSource(path) as source:
-        file = TorchFile(source)
-        record = file.records["data.pkl"]
-        start = file._payload_offsets[record.name]
-    whole = path.read_bytes()
-    draw = random.Random(0)
-    noticed = {"enstack verify": 0, "torch.load": 0}
-    for _ in range(FLIPS):
-        damaged = bytearray(whole)
-        damaged[start + draw.randrange(record.size)] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        noticed["enstack verify"] += verify_checkpoint(path).verdict is Verdict.FAIL
-        noticed["torch.load"] += not loads(path)
-    print(f"\nof {FLIPS} single bits flipped in the pickle, noticed by")
-    for name, count in noticed.items():
-        print(f"{name:18} {count:10} {count / FLIPS:8.1%}")
+def verdict(name: str, value: float, bound: str, reached: bool) -> str:
+    return f"{name:64} {value:9.2f}   {bound:10} {'reached' if reached else 'MISSED'}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--megabytes", type=int, default=1500)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "large.ckpt"
-        parameters = write_checkpoint(path, arguments.megabytes)
-        size = path.stat().st_size / 1e6
-        print(f"torch {torch.__version__}, checkpoint of {size:,.0f} MB, {parameters / 1e6:,.0f} million parameters\n")
-        print_speed(path)
-        small = Path(folder) / "small.ckpt"
-        write_checkpoint(small, 1)
+def enstack(*arguments: str | Path) -> tuple[str, ...]:
+    return ("-m", "enstack_lightning", "verify", *map(str, arguments))
+
+
+def measure(folder: Path, layers: int) -> list[str]:
+    results = []
+    lightning, enstack_folder, sparse = folder / "large.ckpt", folder / "enstack", folder / "sparse.ckpt"
+
+    write_enstack(enstack_folder, layers)
+    heading("EnStack folder, whole process")
+    ours = python(*enstack(enstack_folder))
+    original = python(str(ORIGINAL), str(enstack_folder))
+    line("enstack verify", ours)
+    line("the original's checks on a loaded state", original, ours)
+    speed, memory = original.seconds / ours.seconds, original.megabytes / ours.megabytes
+    results.append(verdict("the original's time over enstack verify's", speed, ">= 12", speed >= 12))
+    results.append(verdict("the original's peak memory over enstack verify's", memory, ">= 20", memory >= 20))
+    for path in enstack_folder.iterdir():
         path.unlink()
-        print_what_is_noticed(small)
+
+    parameters = write_lightning(lightning, layers)
+    print(f"\n{lightning.stat().st_size / 1e6:,.0f} MB, {parameters / 1e6:,.1f} million parameters")
+    heading("Lightning file, whole process")
+    ours = python(*enstack(lightning))
+    line("enstack verify", ours)
+    scan = python("-m", "picklescan.cli", "-p", str(lightning))
+    line("picklescan -p", scan, ours)
+    load = python("-c", "import sys, torch; torch.load(sys.argv[1], weights_only=True)", str(lightning))
+    line("torch.load", load, ours)
+    mapped = python("-c", "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True)", str(lightning))
+    line("torch.load(mmap=True)", mapped, ours)
+    ratio = ours.seconds / scan.seconds
+    results.append(verdict("enstack verify's time over picklescan's", ratio, "<= 2", ratio <= 2))
+
+    heading("Lightning file, every byte, in a warm process")
+    deep = python(*enstack(lightning, "--deep"))
+    warm_deep = best(lambda: verify_checkpoint(lightning, Options(deep=True)))
+    warm_load = best(lambda: torch.load(lightning, weights_only=True))
+    assert verify_checkpoint(lightning, Options(deep=True)).verdict is Verdict.PASS
+    line("enstack verify --deep", Cost(warm_deep, deep.megabytes))
+    line("torch.load", Cost(warm_load, load.megabytes), Cost(warm_deep, deep.megabytes))
+    line("enstack verify --deep, whole process", deep)
+    ratio = warm_deep / warm_load
+    results.append(verdict("--deep's time over torch.load's", ratio, "<= 0.5", ratio <= 0.5))
+    results.append(
+        verdict("--deep's peak memory in MB, imports included", deep.megabytes, "<= 200", deep.megabytes <= 200)
+    )
+
+    warm = best(lambda: verify_checkpoint(lightning))
+    results.append(verdict("verify_checkpoint in a warm process, ms", warm * 1000, "<= 60", warm <= 0.06))
+    lightning.unlink()
+    write_sparse(sparse, layers)
+    warm_sparse = best(lambda: verify_checkpoint(sparse))
+    assert verify_checkpoint(sparse).verdict is not Verdict.FAIL
+    ratio = warm_sparse / warm
+    size = sparse.stat().st_size / 1e9
+    results.append(verdict(f"the same on a sparse file of {size:,.1f} GB, over that", ratio, "<= 1.2", ratio <= 1.2))
+    sparse.unlink()
+
+    start = python(*enstack("--help"))
+    results.append(verdict("enstack verify --help, seconds", start.seconds, "<= 0.5", start.seconds <= 0.5))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=12, help="of the encoder; 12 give a file of 1.5 GB")
+    options = parser.parse_args(arguments)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), options.layers)
+    print("\n" + "\n".join(results))
 
 
 if __name__ == "__main__":
