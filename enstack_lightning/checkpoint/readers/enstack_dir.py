@@ -19,6 +19,7 @@ from enstack_lightning.checkpoint.facts import (
     Format,
     OptimizerFacts,
     ProgressFacts,
+    TensorFacts,
 )
 from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.shapes import misshapen
@@ -139,7 +140,8 @@ def _add_safetensors(facts: Facts, location: Location, folder: Location) -> Fact
     if defect is None:
         try:
             with location.open() as source:
-                tensors = read_safetensors_header(source)
+                header = read_safetensors_header(source)
+            tensors = tuple(TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors)
         except ContainerDefectError as e:
             defect = defect_of(e, name)
         except OSError as e:
