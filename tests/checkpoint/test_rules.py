@@ -54,7 +54,7 @@ def scale_steps(by: int) -> Callable[[Checkpoint], None]:
 
 LOOP = ("loops", "fit_loop")
 LIGHTNING_FAULTS = {
-    "no optimizer states": (set_entry("optimizer_states", value=...), "CK201", "error", "weights only"),
+    "no optimizer states": (set_entry("optimizer_states", value=...), "CK201", "error", "optimizer_states is missing"),
     "no epoch": (set_entry("epoch", value=...), "CK201", "error", "epoch is missing"),
     "epoch of the wrong type": (set_entry("epoch", value="3"), "CK201", "error", "epoch is of type str"),
     "no weights": (set_entry("state_dict", value={}), "CK203", "error", "no weights"),
@@ -254,7 +254,7 @@ def test_a_run_stopped_inside_an_epoch_is_not_taken_for_one_of_shorter_epochs(tm
 def test_weights_only_files_serve_inference_and_not_resume(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)).fit(TinyModule())
     path = tmp_path / "w.ckpt"
-    assert codes(verify_checkpoint(path), Severity.ERROR) == {"CK201"}
+    assert codes(verify_checkpoint(path), Severity.ERROR) == {"CK205"}
     assert verify_checkpoint(path, Options(purpose="inference")).verdict is Verdict.PASS
 
 

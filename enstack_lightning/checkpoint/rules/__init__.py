@@ -30,6 +30,8 @@ def judge(facts: Facts, options: Options | None = None) -> tuple[Finding, ...]:
 
 
 def _applies(code: str, options: Options) -> bool:
+    if code == "CK100":
+        return True
     if options.purpose == "inference" and code.startswith(_RESUME_ONLY):
         return False
     return code.startswith(options.select or "CK") and not code.startswith(options.ignore)

@@ -2,74 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format
-from enstack_lightning.checkpoint.rules.rule import Options, Outcome, error, passed, rule, warning
+from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 
-_NEEDED: dict[Format, dict[str, tuple[str, ...]]] = {
-    Format.LIGHTNING: {
-        "epoch": ("int",),
-        "global_step": ("int",),
-        "state_dict": ("dict", "OrderedDict"),
-        "loops": ("dict",),
-        "optimizer_states": ("list",),
-        "lr_schedulers": ("list",),
-    },
-    Format.ENSTACK: {
-        "epoch": ("int",),
-        "step": ("int",),
-        "optimizer_state_dict": ("dict",),
-    },
+_ANOTHER = "Use another checkpoint of this run."
+
+_DICT = ("dict", "OrderedDict")
+_LIGHTNING = {
+    "epoch": ("int",),
+    "global_step": ("int",),
+    "state_dict": _DICT,
+    "loops": ("dict",),
+    "optimizer_states": ("list",),
+    "lr_schedulers": ("list",),
 }
+_IN_SHARDS = ("state_dict", "optimizer_states")  # of a sharded checkpoint, where meta.pt holds the rest
+_ENSTACK = {"epoch": ("int",), "step": ("int",), "optimizer_state_dict": _DICT}
+_TRAINER = {"global_step": ("int",), "epoch": ("float", "int")}
+
 _WANTED: dict[Format, tuple[str, ...]] = {
-    Format.LIGHTNING: (),
     Format.ENSTACK: ("total_batches", "best_val_f1", "best_val_acc", "scheduler_state_dict"),
+    Format.HUGGINGFACE: ("max_steps", "num_train_epochs"),
 }
+_LOOPS_SINCE = (1, 5)  # Lightning 1.5 began to save `loops`; newer ones migrate older files
+_RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
 
-@rule("CK201", "required-field")
+def _needed(facts: Facts, options: Options) -> Mapping[str, tuple[str, ...]]:
+    """The entries that the format and purpose demand, with the types that each may have."""
+    if facts.format is Format.LIGHTNING:
+        if options.purpose == "inference":
+            return {"state_dict": _DICT}
+        return _without_loops(_LIGHTNING) if _before_loops(facts) else _LIGHTNING
+    if options.purpose == "inference":
+        return {}
+    if facts.format is Format.SHARDED and "pytorch-lightning_version" in facts.fields:
+        return {name: types for name, types in _LIGHTNING.items() if name not in _IN_SHARDS or name in facts.fields}
+    if facts.format is Format.ENSTACK:
+        return _ENSTACK
+    return _TRAINER if facts.format is Format.HUGGINGFACE else {}
+
+
+def _without_loops(needed: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+    return {name: types for name, types in needed.items() if name != "loops"}
+
+
+def _before_loops(facts: Facts) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", facts.versions.get("lightning", ""))
+    return version is not None and (int(version[1]), int(version[2])) < _LOOPS_SINCE
+
+
+@rule(
+    "CK201",
+    "required-field",
+    compares="the state's entries and their types with what the format and purpose need",
+    source="lightning: checkpoint_connector.py, dump_checkpoint; transformers: trainer_callback.py, TrainerState",
+)
 def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An entry without which training cannot be resumed is missing or of the wrong type.
 
-    A Lightning checkpoint needs `epoch`, `global_step`, `state_dict`, `loops`, `optimizer_states` and `lr_schedulers`
-    (the last three are left out by `save_weights_only`, whose files serve inference only); an EnStack
-    `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`.
+    A Lightning checkpoint needs `epoch`, `global_step`, `state_dict`, `loops` (since Lightning 1.5),
+    `optimizer_states` and `lr_schedulers`; a sharded one keeps all but the weights and the optimizers in `meta.pt`.
+    An EnStack `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`. The Hugging Face Trainer needs
+    `global_step` and `epoch` in `trainer_state.json`, and `optimizer.pt` and `scheduler.pt`: where one of these two is
+    missing it loads neither and goes on, without a word, with a new optimizer.
+    For inference only the weights are needed. A file that holds nothing but a model is CK205's.
     """
-    needed = _NEEDED.get(facts.format, {}) if facts.fields and not facts.live else {}
-    if options.purpose == "inference":
-        needed = {name: types for name, types in needed.items() if name == "state_dict"}
-    missing = [name for name in needed if name not in facts.fields]
-    weights_only = {"optimizer_states", "loops"} & {*missing} and "state_dict" in facts.fields
-    if facts.format is Format.LIGHTNING and weights_only:
-        yield error(
-            "the checkpoint holds weights only: optimizer_states or loops are not in it, so training cannot resume",
-            hint="Use it for validate, test or predict; resume from a checkpoint saved without save_weights_only.",
-        )
-    else:
-        for name in missing:
-            yield error(f"{name} is missing from the training state", name, "Use another checkpoint of this run.")
+    if facts.live or not facts.fields or (options.purpose == "resume" and is_model_only(facts)):
+        return
+    needed = _needed(facts, options)
+    wrong = False
     for name, types in needed.items():
-        if name in facts.fields and facts.fields[name] not in types:
-            yield error(
-                f"{name} is of type {facts.fields[name]}, and must be {' or '.join(types)}",
-                name,
-                "Use another checkpoint.",
-            )
-    if needed and not missing:
+        if name not in facts.fields:
+            wrong = True
+            yield error(f"{name} is missing from the training state", name, _ANOTHER)
+        elif facts.fields[name] not in types:
+            wrong = True
+            kind = facts.fields[name]
+            yield error(f"{name} is of type {kind}, and must be {' or '.join(types)}", name, _ANOTHER)
+    for what in _missing_states(facts) if options.purpose == "resume" else ():
+        wrong = True
+        yield error(what, hint="Resume from a checkpoint saved without save_only_model, with all its files.")
+    if needed and not wrong:
         yield passed(f"training state readable, with all {len(needed)} entries that {options.purpose} needs")
 
 
-@rule("CK202", "optional-field")
+def _missing_states(facts: Facts) -> Iterator[str]:
+    """What of optimizer and scheduler is in none of the files, where no reader has called the file missing."""
+    if any(d.kind is DefectKind.MISSING for d in facts.defects):
+        return
+    if facts.format is Format.HUGGINGFACE:
+        for file, states in (("optimizer.pt", facts.optimizers), ("scheduler.pt", facts.schedulers)):
+            if states is None and not _damaged(facts, file):
+                yield f"{file} is not there: the Trainer would go on with a new optimizer and a new schedule"
+    elif facts.format is Format.SHARDED and facts.optimizers is None and not facts.defects:
+        yield "the shards hold no optimizer state"
+
+
+def _damaged(facts: Facts, file: str) -> bool:
+    return any(d.where.partition(":")[0] == file for d in facts.defects)
+
+
+@rule(
+    "CK202",
+    "optional-field",
+    Severity.WARNING,
+    compares="the state's entries with all that EnStack or the Trainer writes",
+    source="the original's trainer.py; transformers: trainer_callback.py, TrainerState",
+)
 def optional_field(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """An entry that EnStack writes is missing: training can resume, but not everything can be checked or restored."""
-    if facts.fields:
+    """An entry that is always written is missing: training can resume, but not everything can be checked or restored.
+
+    EnStack writes `total_batches`, `best_val_f1`, `best_val_acc` and `scheduler_state_dict`; the Hugging Face Trainer
+    writes `max_steps` and `num_train_epochs`.
+    """
+    if options.purpose == "resume" and facts.fields and not facts.live:
         for name in _WANTED.get(facts.format, ()):
             if name not in facts.fields:
                 yield warning(f"{name} is missing from the training state", name)
 
 
-@rule("CK203", "no-weights")
+@rule("CK203", "no-weights", compares="the number of tensors with 0")
 def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The checkpoint is readable and holds no weights."""
     if facts.defects or not (facts.fields or facts.tensors):
@@ -80,7 +136,12 @@ def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield error("no weights: the checkpoint's state dict has no tensor", hint="Use another checkpoint.")
 
 
-@rule("CK204", "misshapen-entry")
+@rule(
+    "CK204",
+    "misshapen-entry",
+    compares="entries of optimizers, schedulers and loops with the form that torch and Lightning give them",
+    source="torch.optim.Optimizer.state_dict; lightning: loops/progress.py",
+)
 def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An entry is not of the form that torch or Lightning writes: a rate that is NaN, a counter that is text.
 
@@ -90,3 +151,71 @@ def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
         for defect in facts.defects:
             if defect.kind is DefectKind.MISSHAPEN:
                 yield error(defect.message, defect.where, "Use another checkpoint of this run.")
+
+
+@rule("CK205", "model-only", compares="what the checkpoint holds with what the purpose needs")
+def model_only(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """The checkpoint holds a model, and neither optimizer nor schedule of a training run.
+
+    That is how `save_weights_only` (which keeps the counters), `save_pretrained` and safetensors save. It serves inference; training cannot be
+    resumed from it, only begun anew with its weights.
+    """
+    if not is_model_only(facts) or facts.live:
+        return
+    if options.purpose == "inference":
+        yield passed("holds a model and no training state, which inference does not need")
+    else:
+        yield error(
+            "the checkpoint holds weights only, and no optimizer state: training cannot resume from it",
+            hint="Use it for validate, test or predict (--for inference), or begin a new run with its weights; resume "
+            "from a checkpoint saved without save_weights_only.",
+        )
+
+
+def is_model_only(facts: Facts) -> bool:
+    """Whether neither optimizer nor schedule of a training run is in the checkpoint."""
+    if facts.model_only:
+        return True
+    lacking = facts.format is Format.LIGHTNING and {"optimizer_states", "lr_schedulers"}.isdisjoint(facts.fields)
+    return lacking and "state_dict" in facts.fields
+
+
+@rule(
+    "CK206",
+    "random-state",
+    Severity.WARNING,
+    compares="rng_state*.pth with one file a process",
+    source="transformers: trainer.py, _save_rng_state and _load_rng_state",
+)
+def random_state(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """The Hugging Face Trainer's random state is missing for some process, or for all.
+
+    The Trainer goes on without it: dropout and shuffling then differ from what the uninterrupted run would have drawn.
+    Missing altogether it is worth knowing; missing for some of several processes it is a warning, because the save of
+    one process was lost, and its other files may be too.
+    """
+    if facts.format is not Format.HUGGINGFACE or options.purpose != "resume" or not facts.fields:
+        return
+    if is_model_only(facts):
+        return
+    names = [match for file in facts.files if (match := _RANDOM_STATE.fullmatch(file.name))]
+    ranks = {int(match[1]) for match in names if match[1]}
+    if not names:
+        yield info(
+            "no random state (rng_state.pth): dropout and shuffling after a resume will differ from the run's own",
+            hint="Resume with it where an exact continuation matters.",
+        )
+        return
+    if not ranks:
+        yield passed("the random state is there")
+        return
+    world = max(facts.run.world_size or 0, max(ranks) + 1)
+    if len(ranks) < world:
+        lost = ", ".join(map(str, sorted(set(range(min(world, 10_000))) - ranks)[:10]))
+        yield warning(
+            f"random state of {len(ranks):,} of {world:,} processes: none for process {lost}",
+            "rng_state",
+            "A process's save was lost; make sure that the other files are complete.",
+        )
+    else:
+        yield passed(f"the random state of all {world:,} processes is there")
