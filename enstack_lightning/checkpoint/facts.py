@@ -228,6 +228,8 @@ class SchedulerFacts:
         next_lrs: the learning rates of the first param group at the coming steps of the scheduler, the next one first,
             where its schedule has a closed form.
         curve: points (scheduler step, learning rate of the first param group) from 0 to the schedule's end.
+        own_lr: what the schedule that the state itself holds gives at `last_epoch`, one rate a param group, where it
+            has a closed form.
     """
 
     last_epoch: int | None
@@ -239,6 +241,7 @@ class SchedulerFacts:
     kind: str | None = None
     next_lrs: tuple[float, ...] = ()
     curve: tuple[tuple[int, float], ...] = ()
+    own_lr: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

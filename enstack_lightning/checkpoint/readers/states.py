@@ -138,6 +138,7 @@ def scheduler_of(entry: Mapping[str, Any], groups: Sequence[ParamGroupFacts] = (
         kind=schedule.kind,
         next_lrs=schedule.next_lrs,
         curve=schedule.curve,
+        own_lr=schedule.own_lr,
     )
 
 
