@@ -1,0 +1,458 @@
+"""A manifest: the size and BLAKE3 digest of every file of a checkpoint, kept in a small JSON file beside it.
+
+It finds what no format shows by itself: a bit turned over in a safetensors file, a file exchanged for that of another
+save, a file that is gone. For a file `NAME` it is `NAME.manifest.json`, for a folder `checkpoint.manifest.json` inside:
+
+    {
+      "version": 1,
+      "tool": "enstack-lightning 0.1.0",
+      "created": "2026-01-31T12:00:00Z",
+      "format": "enstack",
+      "global_step": null,
+      "epoch": 3,
+      "files": [
+        {"name": "config.json", "size": 772, "blake3": "<64 hexadecimal digits>"},
+        ...
+      ]
+    }
+
+`name` is relative to the manifest's own folder and has `/` between its parts; `blake3` is what `b3sum` prints. A digest
+shows accidents: who can change a checkpoint and its manifest can make them agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from enstack_lightning import __version__
+from enstack_lightning.checkpoint.deep import Progress
+from enstack_lightning.checkpoint.facts import DefectKind, ManifestFacts
+from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, leads_out, locate
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
+from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
+
+FOLDER_MANIFEST = "checkpoint.manifest.json"
+SUFFIX = ".manifest.json"
+VERSION = 1
+
+MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_FILES = 10_000
+MAX_DEPTH = 8
+MAX_DIFFERENCES = 20
+BLOCK_BYTES = 4 * 2**20
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = re.compile(r"\..*\.manifest\.json\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+class ManifestEntry(NamedTuple):
+    """One file of a checkpoint, by its name relative to the manifest's folder."""
+
+    name: str
+    size: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says."""
+
+    files: tuple[ManifestEntry, ...]
+    global_step: int | None = None
+    epoch: int | None = None
+    format: str = ""
+
+
+class ManifestDefectError(ValueError):
+    """A manifest cannot be read or says what no manifest can say."""
+
+
+def manifest_path(path: str | os.PathLike[str]) -> Path:
+    """Where the manifest of the checkpoint at `path` stands, whether or not there is one.
+
+    Example:
+        >>> str(manifest_path("epoch=2.ckpt"))
+        'epoch=2.ckpt.manifest.json'
+    """
+    checkpoint = Path(path)
+    return checkpoint / FOLDER_MANIFEST if checkpoint.is_dir() else checkpoint.with_name(checkpoint.name + SUFFIX)
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    format: str = "",
+    global_step: int | None = None,
+    epoch: int | None = None,
+) -> Path:
+    """Reads every byte of a checkpoint and writes its manifest, in place of an older one.
+
+    The manifest is complete or absent at every moment: it is written under another name, brought to the disk and then
+    renamed. Whether the checkpoint is good is not asked; verify it first.
+
+    Args:
+        path: file or folder on disk.
+        progress: called with the number of bytes just read, from any thread.
+        format: the checkpoint's format, as a report names it.
+        global_step: optimizer steps taken, as the checkpoint says.
+        epoch: likewise.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        CheckpointNotFoundError: nothing stands at `path`.
+        CheckpointError: a file in it cannot be read, is a link that leads out or changes meanwhile, or the manifest
+            cannot be written.
+    """
+    location = _writable_location(path)
+    try:
+        entries = tuple(_digest(name, file, location, progress) for name, file in _files(location))
+        target = manifest_path(path)
+        _write_atomically(target, _as_json(Manifest(entries, global_step, epoch, format)))
+    except _UnfitError as e:
+        raise CheckpointError(f"{path} gets no manifest: {e}") from e
+    except OSError as e:
+        raise CheckpointError(f"{path} gets no manifest: {e.filename or 'a file'}: {e.strerror or e}") from e
+    return target
+
+
+def read_manifest(location: Location, folder: Location | None = None) -> Manifest:
+    """What the manifest at `location` says, which a link must not bring from out of `folder`.
+
+    Raises:
+        ManifestDefectError: it cannot be read, or is not what this module writes.
+    """
+    defect, _ = location.check_file(location.name, folder)
+    if defect is not None:
+        raise ManifestDefectError(defect.message)
+    try:
+        with location.open() as source:
+            if source.size > MAX_MANIFEST_BYTES:
+                raise ManifestDefectError(f"it has {source.size:,} bytes; the limit is {MAX_MANIFEST_BYTES:,}")
+            raw = source.read_at(0, source.size)
+    except ContainerDefectError as e:
+        raise ManifestDefectError(str(e)) from e
+    except OSError as e:
+        raise ManifestDefectError(f"it cannot be read: {e.strerror or e}") from e
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refused)
+    except (ValueError, RecursionError) as e:
+        raise ManifestDefectError(f"it is no valid JSON: {e}") from e
+    return _checked(content)
+
+
+def compare_manifest(location: Location, digests: bool, progress: Progress | None = None) -> ManifestFacts | None:
+    """Compares a checkpoint with the manifest beside it.
+
+    Args:
+        location: the checkpoint.
+        digests: read every byte and compare digests too; else names and sizes.
+        progress: called with the number of bytes just read, from any thread.
+
+    Returns:
+        What differs, or why the manifest cannot be used; None when none is there. Does not raise.
+    """
+    beside = _manifest_location(location)
+    name = str(beside)
+    try:
+        if not beside.exists():
+            return None
+        manifest = read_manifest(beside, _folder_of(location))
+        if not location.is_folder():
+            if len(manifest.files) != 1:
+                raise ManifestDefectError(f"it lists {len(manifest.files):,} files beside a checkpoint of one")
+        elif outside := next((entry.name for entry in manifest.files if not _lies_within(entry.name)), None):
+            raise ManifestDefectError(f"it lists {outside!r}, which names no file of the checkpoint")
+        differences = list(_differences(location, manifest, digests, progress))
+    except ManifestDefectError as e:
+        return ManifestFacts(name, defect=str(e))
+    except OSError as e:
+        return ManifestFacts(name, defect=f"the files it lists cannot be looked at: {e.strerror or e}")
+    if len(differences) > MAX_DIFFERENCES:
+        rest = len(differences) - MAX_DIFFERENCES
+        differences[MAX_DIFFERENCES:] = [(name, f"{rest:,} further differences are not listed")]
+    return ManifestFacts(
+        name,
+        compared="digests" if digests else "sizes",
+        differences=tuple(differences),
+        files=len(manifest.files),
+        global_step=manifest.global_step,
+    )
+
+
+def _differences(
+    location: Location, manifest: Manifest, digests: bool, progress: Progress | None
+) -> Iterator[tuple[str, str]]:
+    is_folder = location.is_folder()
+    for entry in manifest.files:
+        # A checkpoint of one file may be renamed together with its manifest.
+        name = entry.name if is_folder else location.name
+        file = _descend(location, entry.name) if is_folder else location
+        difference = _difference(name, file, location if is_folder else None, entry, digests, progress)
+        if difference:
+            yield name, difference
+    if is_folder:
+        listed = {entry.name for entry in manifest.files}
+        try:
+            yield from ((name, "the manifest does not list it") for name, _ in _files(location) if name not in listed)
+        except _UnfitError as e:
+            yield str(location), str(e)
+
+
+def _difference(
+    name: str, file: Location, folder: Location | None, entry: ManifestEntry, digests: bool, progress: Progress | None
+) -> str:
+    """How a file differs from its entry; empty when it does not."""
+    try:
+        size = _size(name, file, folder)
+        if size != entry.size:
+            return f"it has {size:,} bytes; the manifest says {entry.size:,}"
+        if not digests:
+            return ""
+        actual = _digest_of(file, progress)
+    except _UnfitError as e:
+        return str(e)
+    except OSError as e:
+        return f"it cannot be read: {e.strerror or e}"
+    if actual == entry.blake3:
+        return ""
+    return f"its bytes have changed: BLAKE3 {actual[:16]}... where the manifest says {entry.blake3[:16]}..."
+
+
+# The files of a checkpoint
+
+
+class _UnfitError(ValueError):
+    """A file that no manifest can list: missing, not regular, a link that leads out, changed while it was read."""
+
+
+def _files(location: Location) -> Iterator[tuple[str, Location]]:
+    """Every file of a checkpoint with its name relative to the manifest's folder, sorted by name."""
+    if not location.is_folder():
+        yield location.name, location
+        return
+    for count, (name, file) in enumerate(_below(location, "", MAX_DEPTH)):
+        if count == MAX_FILES:
+            raise _UnfitError(f"the folder holds more than {MAX_FILES:,} files")
+        yield name, file
+
+
+def _below(folder: Location, prefix: str, depth: int) -> Iterator[tuple[str, Location]]:
+    for name in folder.names():
+        file = folder.child(name)
+        if not prefix and (name == FOLDER_MANIFEST or _TEMPORARY.fullmatch(name)):
+            continue
+        if not file.is_folder():
+            yield prefix + name, file
+        elif isinstance(file, LocalLocation) and file.path.is_symlink():
+            raise _UnfitError(f"{prefix}{name} is a link to a folder, which is not followed")
+        elif depth == 0:
+            raise _UnfitError(f"{prefix}{name} lies more than {MAX_DEPTH} folders deep")
+        else:
+            yield from _below(file, f"{prefix}{name}/", depth - 1)
+
+
+def _lies_within(name: str) -> bool:
+    """Whether a name can be that of a file in a checkpoint's folder, other than its manifest."""
+    return not leads_out(name) and name != FOLDER_MANIFEST
+
+
+def _descend(folder: Location, name: str) -> Location:
+    for part in name.split("/"):
+        folder = folder.child(part)
+    return folder
+
+
+def _size(name: str, file: Location, folder: Location | None) -> int:
+    if folder is not None and isinstance(file, LocalLocation) and isinstance(folder, LocalLocation):
+        _check_parents(file.path, folder.path)
+    defect, size = file.check_file(name, folder)
+    if defect is not None and defect.kind is not DefectKind.EMPTY:
+        raise _UnfitError(defect.message)
+    return size
+
+
+def _check_parents(path: Path, folder: Path) -> None:
+    for parent in path.parents:
+        if parent == folder:
+            return
+        if parent.is_symlink():
+            raise _UnfitError(f"it lies behind {parent.name}, which is a link to a folder and not followed")
+
+
+# Digests
+
+
+def _digest(name: str, file: Location, location: Location, progress: Progress | None) -> ManifestEntry:
+    try:
+        folder = location if location.is_folder() else None
+        if folder is not None and not _lies_within(name):
+            raise _UnfitError("its name would lead out of the folder on some systems")
+        size = _size(name, file, folder)
+        return ManifestEntry(name, size, _digest_of(file, progress))
+    except _UnfitError as e:
+        raise _UnfitError(f"{name}: {e}") from e
+
+
+def _digest_of(file: Location, progress: Progress | None) -> str:
+    from blake3 import blake3
+
+    hasher = blake3(max_threads=blake3.AUTO)
+    try:
+        with file.open() as source:
+            for block in _blocks(source):
+                hasher.update(block)
+                if progress is not None:
+                    progress(len(block))
+            if source.has_changed():
+                raise _UnfitError("it changed while it was read")
+    except ContainerDefectError as e:
+        raise _UnfitError(str(e)) from e
+    return hasher.hexdigest()
+
+
+def _blocks(source: Source) -> Iterator[memoryview | bytes]:
+    """The bytes of a source, block by block; the next block is read while the caller works on this one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    starts = range(0, source.size, BLOCK_BYTES)
+    buffers = [bytearray(min(BLOCK_BYTES, source.size)) for _ in range(2)]
+
+    def read(index: int) -> memoryview | bytes:
+        start = starts[index]
+        count = min(BLOCK_BYTES, source.size - start)
+        local = source.local_fd()
+        if local is None:
+            return source.read_at(start, count)
+        block = memoryview(buffers[index % 2])[:count]
+        if os.preadv(local[0], [block], local[1] + start) != count:
+            raise ContainerDefectError("truncated", "it became shorter while it was read")
+        return block
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(read, 0) if starts else None
+        for index in range(len(starts)):
+            assert coming is not None
+            block = coming.result()
+            coming = ahead.submit(read, index + 1) if index + 1 < len(starts) else None
+            yield block
+
+
+# The manifest's own file
+
+
+def _manifest_location(location: Location) -> Location:
+    if location.is_folder():
+        return location.child(FOLDER_MANIFEST)
+    if isinstance(location, RemoteLocation):
+        return RemoteLocation(location.url + SUFFIX, location.filesystem, location.path + SUFFIX)
+    assert isinstance(location, LocalLocation)
+    return LocalLocation(manifest_path(location.path))
+
+
+def _folder_of(location: Location) -> Location | None:
+    """The folder that a checkpoint's manifest stands in, where links can lead out of it."""
+    if location.is_folder() or not isinstance(location, LocalLocation):
+        return location
+    return LocalLocation(location.path.parent)
+
+
+def _writable_location(path: str | os.PathLike[str]) -> LocalLocation:
+    if is_url(os.fspath(path)):
+        raise CheckpointError(f"{path} is a URL: write the manifest on disk, and copy it with the checkpoint")
+    location = locate(path)
+    assert isinstance(location, LocalLocation)
+    if not location.exists():
+        raise CheckpointNotFoundError(f"{path} gets no manifest: nothing stands there")
+    return location
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    content = {
+        "version": VERSION,
+        "tool": f"enstack-lightning {__version__}",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "format": manifest.format,
+        "global_step": manifest.global_step,
+        "epoch": manifest.epoch,
+        "files": [entry._asdict() for entry in manifest.files],
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _write_atomically(target: Path, content: bytes) -> None:
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _checked(content: Any) -> Manifest:
+    if not isinstance(content, dict):
+        raise ManifestDefectError(f"it holds a JSON {type(content).__name__} where an object is needed")
+    if content.get("version") != VERSION:
+        raise ManifestDefectError(f"its version is {content.get('version')!r}; this is a reader of version {VERSION}")
+    files = content.get("files")
+    if not isinstance(files, list) or not files:
+        raise ManifestDefectError("it lists no files")
+    if len(files) > MAX_FILES:
+        raise ManifestDefectError(f"it lists {len(files):,} files; the limit is {MAX_FILES:,}")
+    entries = tuple(_checked_entry(entry) for entry in files)
+    if len({entry.name for entry in entries}) != len(entries):
+        raise ManifestDefectError("it lists a file twice")
+    form = content.get("format", "")
+    if not isinstance(form, str):
+        raise ManifestDefectError("its format is no text")
+    return Manifest(entries, _count(content, "global_step"), _count(content, "epoch"), form)
+
+
+def _checked_entry(entry: object) -> ManifestEntry:
+    if not isinstance(entry, dict):
+        raise ManifestDefectError("an entry of its files is no object")
+    name, size, digest = entry.get("name"), entry.get("size"), entry.get("blake3")
+    if not isinstance(name, str):
+        raise ManifestDefectError(f"it lists {name!r}, which is no name of a file")
+    if type(size) is not int or size < 0:
+        raise ManifestDefectError(f"it gives {name!r} the size {size!r}")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ManifestDefectError(f"the BLAKE3 digest of {name!r} is not 64 hexadecimal digits")
+    return ManifestEntry(name, size, digest)
+
+
+def _count(content: dict[str, Any], key: str) -> int | None:
+    value = content.get(key)
+    if value is not None and type(value) is not int:
+        raise ManifestDefectError(f"its {key} is {value!r}, which is no whole number")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return unique
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
