@@ -15,7 +15,10 @@ _FROM_ANOTHER = "Use another checkpoint of this run; `enstack verify FOLDER` nam
 _ODD = {
     OddityKind.REPACKED: (warning, "torch reads it; make sure that you know who packed it anew, and why."),
     OddityKind.UNREFERENCED_RECORD: (warning, "torch does not read that record; save the checkpoint again to drop it."),
-    OddityKind.CYCLE: (warning, "Nothing that saves checkpoints writes this; make sure that you know the file's author."),
+    OddityKind.CYCLE: (
+        warning,
+        "Nothing that saves checkpoints writes this; make sure that you know the file's author.",
+    ),
     OddityKind.WRONG_SUFFIX: (info, "Tools that go by the suffix will take it for something else: rename it."),
     OddityKind.STRAY_FILE: (info, "No resume reads it."),
     OddityKind.TOTAL_SIZE: (info, "Nothing reads that number; the tensors themselves agree with their headers."),

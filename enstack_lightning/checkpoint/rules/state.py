@@ -157,8 +157,8 @@ def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
 def model_only(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The checkpoint holds a model, and neither optimizer nor schedule of a training run.
 
-    That is how `save_weights_only` (which keeps the counters), `save_pretrained` and safetensors save. It serves inference; training cannot be
-    resumed from it, only begun anew with its weights.
+    That is how `save_weights_only` (which keeps the counters), `save_pretrained` and safetensors save. It serves
+    inference; training cannot be resumed from it, only begun anew with its weights.
     """
     if not is_model_only(facts) or facts.live:
         return
