@@ -1,12 +1,354 @@
-"""The weights of a folder: one file or shards with an index, in safetensors or in torch's own format."""
+"""The weights of a folder: one file or shards with an index, in safetensors or in torch's own format.
+
+Names and the order in which they are looked for: `transformers/modeling_utils.py`; the rules for an index:
+`huggingface_hub/serialization/_torch.py`, which are stricter than what transformers itself checks before it joins a
+shard's name to the folder's path.
+"""
 
 from __future__ import annotations
 
-from enstack_lightning.checkpoint.deep import DeepRead
-from enstack_lightning.checkpoint.facts import Facts
-from enstack_lightning.checkpoint.location import Location
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from enstack_lightning.checkpoint.deep import DeepRead, read_deeply
+from enstack_lightning.checkpoint.facts import (
+    Defect,
+    DefectKind,
+    Facts,
+    FileFacts,
+    Oddity,
+    OddityKind,
+    TensorFacts,
+    ValueFacts,
+)
+from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES, TensorDescriptor
+from enstack_lightning.checkpoint.location import Location, leads_out
+from enstack_lightning.checkpoint.readers.json_file import read_json_object
+from enstack_lightning.checkpoint.readers.states import named_weights, plain, tensors_of
+from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
+from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, spans
+from enstack_lightning.checkpoint.source import ContainerDefectError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_INDEX_BYTES = 10 * 2**20
+MAX_SHARDS = 10_000
+MAX_DEFECTS = 20
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 
 
-def add_weights(facts: Facts, folder: Location, deep: DeepRead | None = None) -> Facts:
-    """The facts with the folder's weights added; what cannot be read or believed becomes a defect."""
-    raise NotImplementedError
+def add_config(facts: Facts, folder: Location) -> Facts:
+    """The facts with the folder's `config.json` added."""
+    config, size, defect = read_json_object(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
+    if size:
+        facts = dataclasses.replace(facts, files=(*facts.files, FileFacts(CONFIG_FILE, size)))
+    if config is None:
+        return dataclasses.replace(facts, defects=(*facts.defects, *([defect] if defect else [])))
+    version = config.get("transformers_version")
+    versions = {**facts.versions, "transformers": str(version)} if isinstance(version, str) else facts.versions
+    return dataclasses.replace(facts, model_config=plain(config), versions=versions)
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a file of this name holds weights, or says where they lie, by the names that transformers and PEFT use."""
+    return (
+        name in SINGLE_FILES or name in ADAPTER_FILES or name.endswith(INDEX_SUFFIXES) or bool(_SHARD.fullmatch(name))
+    )
+
+
+def add_weights(
+    facts: Facts, folder: Location, deep: DeepRead | None = None, singles: tuple[str, ...] = SINGLE_FILES
+) -> Facts:
+    """The facts with the folder's weights added; what cannot be read or believed becomes a defect.
+
+    Args:
+        singles: the names of files that hold all weights.
+
+    Where weights are there in both formats, both are read, and `Facts.tensors` is what transformers would load: the
+    safetensors form, one file before shards.
+    """
+    names = folder.names()
+    read = [_read_single(folder, name, deep) for name in (*singles, *ADAPTER_FILES) if name in names]
+    read += [_read_shards(folder, name, deep) for name in sorted(names, reverse=True) if name.endswith(INDEX_SUFFIXES)]
+    read.sort(key=lambda weights: weights.rank)
+    mapped = {name for weights in read for name in weights.names}
+    found = _Found(strays=_strays(names, mapped, bool(read)))
+    for weights in read:
+        found.add(weights)
+    if not read and not found.strays.defects:
+        message = f"neither {SINGLE_FILES[0]} nor {SINGLE_FILES[1]} is there, nor an index of shards of either"
+        found.strays.defects.append(Defect(DefectKind.MISSING, SINGLE_FILES[0], message))
+    return found.complete(facts, deep)
+
+
+@dataclass
+class _Weights:
+    """What one file of weights, or one index with its shards, gives.
+
+    Attributes:
+        rank: 0 for what transformers prefers.
+        names: the files that hold it, readable or not.
+        data_sizes: the bytes of its tensors; for torch files also with tensors that share a storage counted once.
+    """
+
+    name: str
+    rank: int
+    names: set[str] = field(default_factory=set)
+    data_sizes: Counter[str] = field(default_factory=Counter)
+    files: list[FileFacts] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+    oddities: list[Oddity] = field(default_factory=list)
+    globals: list[Any] = field(default_factory=list)
+    values: list[ValueFacts] = field(default_factory=list)
+    tensors: list[TensorFacts] = field(default_factory=list)
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.name in ADAPTER_FILES
+
+    def defect(self, kind: DefectKind, where: str, message: str) -> None:
+        if len(self.defects) < MAX_DEFECTS:
+            self.defects.append(Defect(kind, where, message))
+        elif len(self.defects) == MAX_DEFECTS:
+            self.defects.append(Defect(kind, self.name, "further defects of these weights are not listed"))
+
+
+@dataclass
+class _Found:
+    strays: _Weights
+    read: list[_Weights] = field(default_factory=list)
+
+    def add(self, weights: _Weights) -> None:
+        loaded = next((w for w in self.read if w.tensors), None)
+        if loaded is not None and weights.tensors and not weights.is_adapter:
+            weights.oddities += _conflict(loaded, weights)
+        self.read.append(weights)
+
+    def complete(self, facts: Facts, deep: DeepRead | None) -> Facts:
+        every = [*self.read, self.strays]
+        values = [value for weights in every for value in weights.values]
+        return dataclasses.replace(
+            facts,
+            files=(*facts.files, *(file for weights in every for file in weights.files)),
+            defects=(*facts.defects, *(defect for weights in every for defect in weights.defects)),
+            oddities=(*facts.oddities, *(oddity for weights in every for oddity in weights.oddities)),
+            globals=(*facts.globals, *(name for weights in every for name in weights.globals)),
+            tensors=facts.tensors or next((tuple(w.tensors) for w in self.read if w.tensors), ()),
+            values=facts.values if deep is None else (*(facts.values or ()), *values),
+        )
+
+
+def _conflict(loaded: _Weights, other: _Weights) -> list[Oddity]:
+    """What the weights that would not be loaded say differently. Tied weights stand twice in torch files only."""
+    headers = {t.name: (t.dtype, t.shape) for t in loaded.tensors}
+    others = {t.name: (t.dtype, t.shape) for t in other.tensors}
+    differing = [name for name, header in headers.items() if name in others and others[name] != header]
+    differing += [name for name in headers if name not in others]
+    if not differing:
+        return []
+    message = (
+        f"{len(differing):,} of {len(headers):,} tensors of {loaded.name} are not in it or have another shape or dtype "
+        f"there ({differing[0]}); transformers loads {loaded.name} and leaves it unread"
+    )
+    return [Oddity(OddityKind.STRAY_FILE, other.name, message)]
+
+
+# One file
+
+
+def _read_single(folder: Location, name: str, deep: DeepRead | None) -> _Weights:
+    weights = _Weights(name, rank=(0 if name.endswith(".safetensors") else 2) + (4 if name in ADAPTER_FILES else 0))
+    _read_file(weights, folder, name, deep)
+    return weights
+
+
+def _read_file(weights: _Weights, folder: Location, name: str, deep: DeepRead | None) -> list[TensorFacts] | None:
+    """Adds one file and what it holds to `weights`; its tensors, or None when it cannot be read."""
+    read = _read_safetensors if name.endswith(".safetensors") else _read_torch
+    before = len(weights.defects)
+    weights.names.add(name)
+    tensors = read(weights, folder, name, deep)
+    weights.tensors += tensors
+    return tensors if len(weights.defects) == before else None
+
+
+def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: DeepRead | None) -> list[TensorFacts]:
+    location = folder.child(name)
+    defect, size = location.check_file(name, folder)
+    if defect is not None:
+        weights.defect(defect.kind, defect.where, defect.message)
+        return []
+    header = SafetensorsHeader((), {})
+    try:
+        with location.open() as source:
+            header = read_safetensors_header(source)
+            if deep is not None:
+                result = read_deeply(source, spans(header, name), deep)
+                weights.defects += result.defects
+                weights.values += result.values
+            if source.has_changed():
+                weights.defect(DefectKind.DAMAGED, name, "it changed while it was read; verify it again")
+    except ContainerDefectError as e:
+        defect = defect_of(e, name)
+        weights.defect(defect.kind, defect.where, defect.message)
+    except OSError as e:
+        weights.defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}")
+    data = sum(t.size for t in header.tensors)
+    weights.data_sizes["tensors"] += data
+    weights.files.append(FileFacts(name, size, without_checksum=data))
+    return [TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors]
+
+
+def _read_torch(weights: _Weights, folder: Location, name: str, deep: DeepRead | None) -> list[TensorFacts]:
+    with read_archive(folder.child(name), name, folder, deep) as archive:
+        archive.scan(named_weights(archive.value), {})
+        read = archive.complete(Facts(str(folder)))
+        value = archive.value
+    weights.files += read.files
+    weights.oddities += read.oddities
+    weights.globals += read.globals
+    weights.values += read.values or ()
+    for defect in read.defects:
+        weights.defect(defect.kind, defect.where, defect.message)
+    if value is not None and not isinstance(value, Mapping):
+        message = f"it holds a {type(value).__name__} where a dict of tensors is needed"
+        weights.defect(DefectKind.UNRECOGNISED, name, message)
+    _add_sizes(weights, named_weights(value).values())
+    return [dataclasses.replace(tensor, where=name) for tensor in tensors_of(value)]
+
+
+def _add_sizes(weights: _Weights, tensors: Iterable[TensorDescriptor]) -> None:
+    storages = {}
+    for tensor in tensors:
+        weights.data_sizes["tensors"] += DTYPE_BYTES.get(tensor.dtype, 0) * math.prod(tensor.shape)
+        if tensor.storage is not None:
+            storages[tensor.storage.key] = DTYPE_BYTES.get(tensor.storage.dtype, 0) * tensor.storage.numel
+    weights.data_sizes["storages"] += sum(storages.values())
+
+
+# Shards with an index
+
+
+def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights:
+    suffix = ".safetensors" if name.endswith(INDEX_SUFFIXES[0]) else ".bin"
+    weights = _Weights(name, rank=1 if suffix == ".safetensors" else 3)
+    index, size, defect = read_json_object(folder, name, MAX_INDEX_BYTES, finite=True)
+    if size:
+        weights.files.append(FileFacts(name, size))
+    if defect is not None:
+        weights.defect(defect.kind, defect.where, defect.message)
+    if index is None:
+        return weights
+    weight_map = _weight_map(weights, index, suffix)
+    tensors = {shard: _read_file(weights, folder, shard, deep) for shard in sorted(set(weight_map.values()))}
+    _compare(weights, weight_map, {shard: found for shard, found in tensors.items() if found is not None})
+    _compare_size(weights, index, complete=not weights.defects)
+    return weights
+
+
+def _weight_map(weights: _Weights, index: Mapping[str, Any], suffix: str) -> dict[str, str]:
+    """Tensor -> shard for every entry of the index that names a plain file of the folder."""
+    entries = index.get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        weights.defect(DefectKind.DAMAGED, weights.name, "it has no weight_map with the shard of each tensor")
+        return {}
+    if not isinstance(index.get("metadata"), dict):
+        weights.defect(DefectKind.DAMAGED, weights.name, "it has no entry metadata, which transformers needs")
+    kept = {}
+    refused: dict[str, str] = {}
+    for tensor, shard in entries.items():
+        reason = _why_refused(shard, suffix)
+        if reason:
+            refused.setdefault(f"{shard!r:.80}", reason)
+        else:
+            kept[tensor] = shard
+    for shown, reason in refused.items():
+        weights.defect(DefectKind.DAMAGED, weights.name, f"it names the shard {shown}, {reason}")
+    _compare_counts(weights, set(kept.values()))
+    if len(set(kept.values())) > MAX_SHARDS:
+        weights.defect(
+            DefectKind.DAMAGED, weights.name, f"it names {len(set(kept.values())):,} shards; the limit is {MAX_SHARDS:,}"
+        )
+        return {}
+    return kept
+
+
+def _why_refused(shard: object, suffix: str) -> str:
+    if not isinstance(shard, str):
+        return f"which is a JSON {type(shard).__name__} and no file name"
+    if leads_out(shard):
+        return "which leads out of the checkpoint's folder"
+    if not shard.endswith(suffix):
+        return f"which does not end with {suffix} like the files that this index is for"
+    return ""
+
+
+def _compare_counts(weights: _Weights, shards: set[str]) -> None:
+    """`-00002-of-00006`: each shard names the same count, and every number up to it is there."""
+    matches = [m for m in map(_SHARD.fullmatch, sorted(shards)) if m is not None]
+    counts = sorted({int(m["count"]) for m in matches})
+    if len(counts) > 1:
+        weights.defect(
+            DefectKind.DAMAGED,
+            weights.name,
+            f"its shards are of sets of {' and '.join(f'{c:,}' for c in counts[:5])} files: two saves are mixed",
+        )
+    elif counts and len(matches) != counts[0]:
+        weights.defect(
+            DefectKind.DAMAGED, weights.name, f"it names {len(matches):,} shards of a set of {counts[0]:,}"
+        )
+
+
+def _compare(weights: _Weights, weight_map: Mapping[str, str], tensors: Mapping[str, list[TensorFacts]]) -> None:
+    """The index and the headers of its shards say the same: each tensor in its shard, and in no other."""
+    held = {shard: {t.name for t in found} for shard, found in tensors.items()}
+    for tensor, shard in weight_map.items():
+        if shard in held and tensor not in held[shard]:
+            weights.defect(DefectKind.DAMAGED, shard, f"the index says that it holds {tensor}, and it does not")
+    for shard, names in held.items():
+        for tensor in sorted(names):
+            if tensor not in weight_map:
+                weights.defect(DefectKind.DAMAGED, shard, f"it holds {tensor}, which the index does not name")
+    times = Counter(tensor for names in held.values() for tensor in names)
+    for tensor in sorted(tensor for tensor, count in times.items() if count > 1):
+        shards = ", ".join(sorted(shard for shard, names in held.items() if tensor in names)[:5])
+        weights.defect(DefectKind.DAMAGED, weights.name, f"{tensor} is held by {times[tensor]:,} shards: {shards}")
+
+
+def _compare_size(weights: _Weights, index: Mapping[str, Any], complete: bool) -> None:
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is None or not complete:
+        return
+    if isinstance(total, bool) or total not in weights.data_sizes.values():
+        actual = weights.data_sizes["tensors"]
+        shown = f"{total:,}" if isinstance(total, int | float) else f"{total!r:.40}"
+        message = f"it gives the tensors {shown} bytes (total_size), and the shards hold {actual:,}"
+        weights.oddities.append(Oddity(OddityKind.TOTAL_SIZE, weights.name, message))
+
+
+# Files that nothing names
+
+
+def _strays(names: Collection[str], mapped: Collection[str], has_weights: bool) -> _Weights:
+    """Shards that no index names: odd beside other weights, a defect where they are all there is."""
+    strays = _Weights("", rank=4)
+    shards = [m for m in map(_SHARD.fullmatch, sorted(names)) if m is not None and m.string not in mapped]
+    if shards and not has_weights:
+        index = f"{shards[0]['stem']}{shards[0]['suffix']}.index.json"
+        message = f"it is missing: {len(shards):,} shards are there ({shards[0].string}, …) and no index of them"
+        strays.defect(DefectKind.MISSING, index, message)
+        return strays
+    for shard in shards[:MAX_DEFECTS]:
+        message = "no index names this shard, so nothing loads it: it is left from another save"
+        strays.oddities.append(Oddity(OddityKind.STRAY_FILE, shard.string, message))
+    return strays
