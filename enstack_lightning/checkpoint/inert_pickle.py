@@ -22,7 +22,17 @@ MAX_GLOBAL_NAME = 1_024
 
 
 class PickleDefectError(ValueError):
-    """The bytes are no pickle that this reader understands, cut short, or built to do harm."""
+    """The bytes are no pickle that this reader understands, cut short, or built to do harm.
+
+    Attributes:
+        cut_short: the bytes ended before the pickle did, so that more of them may make it whole.
+    """
+
+    cut_short = False
+
+
+class _CutShortError(PickleDefectError):
+    cut_short = True
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,17 @@ class Call:
 
 @dataclass(frozen=True)
 class StorageDescriptor:
-    """Where a tensor's bytes lie: the record `data/<key>`, `numel` elements of `dtype`."""
+    """Where a tensor's bytes lie: the record `data/<key>`, `numel` elements of `dtype`.
+
+    Attributes:
+        view: key, offset and length in elements of the part of it that is meant; torch before 0.4 saved such views.
+    """
 
     key: str
     dtype: str
     numel: int
     location: str
+    view: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,11 +88,16 @@ class TensorDescriptor:
 
 @dataclass(frozen=True)
 class Unpickled:
-    """The top-level value, every global that the pickle names and every tensor that it describes."""
+    """The top-level value, every global that the pickle names and every tensor that it describes.
+
+    Attributes:
+        storages: the storages by their persistent ids, in the order in which the pickle first names them.
+    """
 
     value: Any
     globals: tuple[Global, ...]
     tensors: tuple[TensorDescriptor, ...]
+    storages: tuple[StorageDescriptor, ...] = ()
 
 
 STORAGE_DTYPES = {
@@ -137,17 +157,32 @@ def read_pickle(data: bytes) -> Unpickled:
         PickleDefectError: the pickle is cut short, malformed, uses an opcode that no checkpoint needs, is followed by
             further bytes, or asks for more work than any checkpoint does.
     """
-    return _Machine(data).run()
+    machine = _Machine(data)
+    content = machine.run()
+    if machine.at != len(data):
+        raise PickleDefectError(f"{len(data) - machine.at:,} bytes follow the end of the pickle")
+    return content
+
+
+def read_pickle_at(data: bytes, start: int) -> tuple[Unpickled, int]:
+    """Reads the pickle that begins at `start`, and says where it ends.
+
+    Raises:
+        PickleDefectError: as for `read_pickle`, but that further bytes may follow.
+    """
+    machine = _Machine(data, start)
+    return machine.run(), machine.at
 
 
 class _Machine:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, start: int = 0) -> None:
         self.data = data
-        self.at = 0
+        self.at = start
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[Global, None] = {}
         self.tensors: list[TensorDescriptor] = []
+        self.storages: dict[StorageDescriptor, None] = {}
 
     def run(self) -> Unpickled:
         data, dispatch = self.data, _DISPATCH
@@ -155,7 +190,7 @@ class _Machine:
             raise PickleDefectError("the pickle is empty")
         for _ in range(MAX_OPCODES):
             if self.at >= len(data):
-                raise PickleDefectError(f"the pickle ends after {len(data):,} bytes without its STOP opcode")
+                raise _CutShortError(f"the pickle ends after {len(data):,} bytes without its STOP opcode")
             opcode = data[self.at]
             self.at += 1
             if opcode == _STOP:
@@ -174,17 +209,15 @@ class _Machine:
         raise PickleDefectError(f"the pickle has more than {MAX_OPCODES:,} opcodes; no checkpoint needs that many")
 
     def _stop(self) -> Unpickled:
-        if self.at != len(self.data):
-            raise PickleDefectError(f"{len(self.data) - self.at:,} bytes follow the end of the pickle")
         if len(self.stack) != 1 or self.stack[0] is _MARK:
             raise PickleDefectError(f"the pickle ends with {len(self.stack)} values on its stack instead of one")
-        return Unpickled(self.stack[0], tuple(self.globals), tuple(self.tensors))
+        return Unpickled(self.stack[0], tuple(self.globals), tuple(self.tensors), tuple(self.storages))
 
     # Reading arguments
 
     def take(self, count: int) -> bytes:
         if count < 0 or count > len(self.data) - self.at:
-            raise PickleDefectError(
+            raise _CutShortError(
                 f"the pickle asks for {count:,} bytes at byte {self.at:,} and has {len(self.data) - self.at:,} left"
             )
         taken = self.data[self.at : self.at + count]
@@ -198,7 +231,8 @@ class _Machine:
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + MAX_GLOBAL_NAME)
         if end < 0:
-            raise PickleDefectError(f"a name at byte {self.at:,} has no end within {MAX_GLOBAL_NAME:,} bytes")
+            kind = _CutShortError if len(self.data) - self.at < MAX_GLOBAL_NAME else PickleDefectError
+            raise kind(f"a name at byte {self.at:,} has no end within {MAX_GLOBAL_NAME:,} bytes")
         taken = self.data[self.at : end]
         self.at = end + 1
         return taken.decode("utf-8")
@@ -228,7 +262,7 @@ class _Machine:
     def frame(self) -> None:
         length = self.number("<Q")
         if length > len(self.data) - self.at:
-            raise PickleDefectError(
+            raise _CutShortError(
                 f"a frame of {length:,} bytes begins with {len(self.data) - self.at:,} bytes left in the pickle"
             )
 
@@ -319,7 +353,9 @@ class _Machine:
             raise PickleDefectError(f"BUILD on a {type(target).__name__} at byte {self.at - 1:,}")
 
     def persistent_id(self) -> None:
-        self.stack.append(_storage(self.pop()))
+        storage = _storage(self.pop())
+        self.storages[storage] = None
+        self.stack.append(storage)
 
 
 def _extend(target: object, values: list[Any]) -> None:
@@ -353,7 +389,17 @@ def _storage(pid: object) -> StorageDescriptor:
         raise PickleDefectError(f"storage type {storage_type} is not known")
     if not isinstance(key, str) or not isinstance(location, str) or type(numel) is not int or numel < 0:
         raise PickleDefectError("a storage's persistent id has a field of the wrong type")
-    return StorageDescriptor(key, STORAGE_DTYPES[storage_type.name], numel, location)
+    view = pid[5] if len(pid) == 6 else None
+    if view is not None and not _is_view(view):
+        raise PickleDefectError(f"a view of storage {key} is described by {view!r:.100}")
+    return StorageDescriptor(key, STORAGE_DTYPES[storage_type.name], numel, location, view)
+
+
+def _is_view(view: object) -> bool:
+    if not isinstance(view, tuple) or len(view) != 3:
+        return False
+    key, offset, size = view
+    return isinstance(key, str) and type(offset) is int and type(size) is int and offset >= 0 and size >= 0
 
 
 def _rebuild_tensor(args: tuple[Any, ...]) -> TensorDescriptor:
