@@ -148,6 +148,7 @@ DTYPE_BYTES = {
 
 _MARK = object()
 _SCALARS = (str, int, float, bool, bytes, type(None), Global)
+_KEYS = (*_SCALARS, Call)  # a Call is a key by identity; `torch.distributed.checkpoint` has objects as keys
 
 
 def read_pickle(data: bytes) -> Unpickled:
@@ -376,7 +377,7 @@ def _entries(target: object) -> dict[Any, Any]:
 
 def _key(value: Any) -> Any:
     # Hashing a deeply nested tuple overflows the C stack, so keys are scalars or flat tuples of scalars.
-    if isinstance(value, _SCALARS) or (isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value)):
+    if isinstance(value, _KEYS) or (isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value)):
         return value
     raise PickleDefectError(f"a {type(value).__name__} is used as a key")
 
