@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from enstack_lightning.checkpoint.deep import Named, NamedTensor, Span, mismatch
+from enstack_lightning.checkpoint.facts import Oddity
 from enstack_lightning.checkpoint.inert_pickle import (
     DTYPE_BYTES,
     PickleDefectError,
@@ -65,6 +68,9 @@ class TorchFile:
         records = self._read_directory(directory)
         self._payload_offsets = self._payload_offsets_of(records, directory.start)
         self.records = {_without_prefix(r.name): r for r in records}
+        self.defects: list[ContainerDefectError] = []
+        self.oddities: list[Oddity] = []
+        self.without_checksum = 0
 
     def read(self, name: str) -> bytes:
         """The bytes of record `name` (without the archive's folder), compared with the CRC-32 it was saved with."""
@@ -75,12 +81,24 @@ class TorchFile:
         actual = zlib.crc32(data)
         # torch.serialization's `compute_crc32 = False` writes 0 for every record.
         if record.crc32 and actual != record.crc32:
-            raise ContainerDefectError(
-                "damaged",
-                f"record {name} has CRC-32 {actual:08x} and was saved with {record.crc32:08x}: bytes have changed",
-                name,
-            )
+            raise ContainerDefectError("damaged", mismatch(actual, record.crc32), name)
         return data
+
+    def payload_offset(self, name: str) -> int:
+        """Where the bytes of record `name` (without the archive's folder) begin in the file."""
+        return self._payload_offsets[self.records[name].name]
+
+    def spans(self, named: Iterable[Named] = ()) -> list[Span]:
+        """Every record of the archive, with those of the `named` tensors that lie in it."""
+        tensors: dict[str, list[NamedTensor]] = {}
+        for name, role, tensor in named:
+            if tensor.storage is not None:
+                described = NamedTensor(name, role, tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
+                tensors.setdefault(f"data/{tensor.storage.key}", []).append(described)
+        return [
+            Span(name, self.payload_offset(name), r.size, r.crc32 or None, tuple(tensors.get(name, ())))
+            for name, r in self.records.items()
+        ]
 
     def read_pickle(self) -> Unpickled:
         """The symbolic content of `data.pkl`.

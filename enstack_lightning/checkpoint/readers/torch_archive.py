@@ -1,34 +1,80 @@
-"""What every reader of a torch file does alike: open it, read its pickle, check its tensors' records, note defects."""
+"""What every reader of a torch file does alike: open it, read its pickle, check its tensors' storages, note defects.
+
+It hides whether the file is a zip archive or in the format of torch before 1.6, and whether it is a file of its own or
+a window of another one, as in a sharded checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, FileFacts, GlobalFacts
-from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
+from enstack_lightning.checkpoint.deep import DeepRead, Named, Span, read_deeply
+from enstack_lightning.checkpoint.facts import (
+    Defect,
+    DefectKind,
+    Facts,
+    FileFacts,
+    GlobalFacts,
+    Oddity,
+    ValueFacts,
+)
+from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
 from enstack_lightning.checkpoint.location import Location
-from enstack_lightning.checkpoint.source import ContainerDefectError
+from enstack_lightning.checkpoint.readers.content import TAIL_BYTES, Content, ContentKind, content_of
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 MAX_DEFECTS = 20
 
+Loader = Literal["weights_only", "transformers", "pickle", "never"]
+"""How the framework reads the pickle; see `GlobalFacts.loader`."""
+
+
+class TorchContainer(Protocol):
+    """What the zip archive and the older format have in common.
+
+    Attributes:
+        defects: those that stop no reader.
+        without_checksum: bytes of tensor data that no checksum covers.
+    """
+
+    defects: list[ContainerDefectError]
+    oddities: list[Oddity]
+    without_checksum: int
+
+    def read_pickle(self) -> Unpickled: ...
+    def read_scalar(self, tensor: TensorDescriptor) -> float | None: ...
+    def check_storage(self, tensor: TensorDescriptor) -> None: ...
+    def spans(self, named: Iterable[Named] = ()) -> list[Span]: ...
+
 
 class TorchArchive:
-    """A torch file read as far as it can be: its symbolic `value`, and the `defects` met on the way."""
+    """A torch file read as far as it can be; use it as a context manager.
 
-    def __init__(self, location: Location, name: str, folder: Location | None) -> None:
+    Attributes:
+        value: the symbolic content of its pickle; None when that cannot be believed.
+        defects: met on the way; readers add their own.
+        values: noteworthy values of tensors; None when their bytes were not read.
+    """
+
+    def __init__(self, name: str, deep: DeepRead | None, loader: Loader) -> None:
         self.name = name
-        self._folder = folder
         self.value: Any = None
         self.globals: tuple[GlobalFacts, ...] = ()
         self.files: tuple[FileFacts, ...] = ()
         self.defects: list[Defect] = []
-        self._location = location
+        self.oddities: list[Oddity] = []
+        self.values: tuple[ValueFacts, ...] | None = None
+        self._deep = deep
+        self._loader = loader
         self._open = ExitStack()
-        self._file: TorchFile | None = None
+        self._source: Source | None = None
+        self._file: TorchContainer | None = None
+        self._scanned = False
 
     def __enter__(self) -> TorchArchive:
         return self
@@ -38,30 +84,37 @@ class TorchArchive:
     ) -> None:
         self._open.close()
 
-    def read(self) -> None:
-        defect, size = self._location.check_file(self.name, self._folder)
+    def open(self, location: Location, folder: Location | None) -> None:
+        """Opens and reads the file at `location`, which must lie in `folder` if one is given."""
+        defect, size = location.check_file(self.name, folder)
         if defect is not None:
             self.defects.append(defect)
             return
         self.files = (FileFacts(self.name, size),)
         try:
-            source = self._open.enter_context(self._location.open())
-            what = name_of_content(source.read_at(0, min(64, source.size)))
-            if what is not None:
-                message = f"it is {what}, not a file of torch.save"
-                self.defects.append(Defect(DefectKind.UNRECOGNISED, self.name, message))
-                return
-            self._file = TorchFile(source)
-            content = self._file.read_pickle()
+            source = self._open.enter_context(location.open())
         except ContainerDefectError as e:
-            self.defects.append(defect_of(e, self.name))
-            return
+            self._note(e)
         except OSError as e:
-            self.defects.append(Defect(DefectKind.UNREADABLE, self.name, f"it cannot be read: {e.strerror}"))
-            return
-        self.value = content.value
-        self.globals = tuple(GlobalFacts(g.module, g.name, f"{self.name}:data.pkl") for g in content.globals)
-        self._check_storages(content.tensors)
+            self.defects.append(_unreadable(self.name, e))
+        else:
+            self.read(source)
+
+    def read(self, source: Source) -> None:
+        """Reads the file that `source` gives, which stays the caller's to close."""
+        self._source = source
+        self.files = (FileFacts(self.name, source.size),)
+        try:
+            self._file = _container(source)
+            content = self._file.read_pickle()
+            self.value = content.value
+            self.globals = self._globals_of(content.globals)
+            self._check_storages(content.tensors)
+        except ContainerDefectError as e:
+            self.globals = self._globals_of(_globals_seen(e))
+            self._note(e)
+        except OSError as e:
+            self.defects.append(_unreadable(self.name, e))
 
     def read_scalar(self, tensor: object) -> float | None:
         """The value of a scalar tensor; a damaged one becomes a defect."""
@@ -70,31 +123,107 @@ class TorchArchive:
         try:
             return self._file.read_scalar(tensor)
         except ContainerDefectError as e:
-            self.defects.append(defect_of(e, self.name))
-            return None
+            self._note(e)
+        except OSError as e:
+            self.defects.append(_unreadable(self.name, e))
+        return None
+
+    def scan(self, weights: Mapping[str, TensorDescriptor], moments: Mapping[str, TensorDescriptor]) -> None:
+        """Reads every byte, if that was asked for: each record against its checksum, these tensors for their values.
+
+        Without `deep` it only counts the bytes that were not read.
+        """
+        self._scanned = True
+        if self._file is None or self._source is None:
+            return
+        named = [Named(name, "weight", tensor) for name, tensor in weights.items()]
+        named += [Named(name, "optimizer", tensor) for name, tensor in moments.items()]
+        try:
+            spans = [dataclasses.replace(s, where=f"{self.name}:{s.where}") for s in self._file.spans(named)]
+            not_read = sum(s.size for s in spans if s.crc32 is not None and not s.compared)
+            if self._deep is not None:
+                result = read_deeply(self._source, spans, self._deep)
+                self._add(result.defects)
+                self.values, not_read = result.values, 0
+        except ContainerDefectError as e:
+            self._note(e)
+            return
+        without = self._file.without_checksum
+        self.files = tuple(dataclasses.replace(f, without_checksum=without, not_read=not_read) for f in self.files)
 
     def complete(self, facts: Facts) -> Facts:
-        """The facts with this file, its defects and its globals added."""
+        """The facts with this file, its defects, oddities, globals and values added."""
+        if not self._scanned:
+            self.scan({}, {})
+        if self._file is not None:
+            self._add(defect_of(e, self.name) for e in self._file.defects)
+            self.oddities = [
+                dataclasses.replace(o, where=f"{self.name}:{o.where}" if o.where else self.name)
+                for o in self._file.oddities
+            ]
+        if self._source is not None and self._source.has_changed():
+            self._add([Defect(DefectKind.DAMAGED, self.name, "it changed while it was read; verify it again")])
+        values = facts.values if self.values is None else (*(facts.values or ()), *self.values)
         return dataclasses.replace(
             facts,
             files=(*facts.files, *self.files),
             defects=(*facts.defects, *_limited(self.defects)),
+            oddities=(*facts.oddities, *self.oddities[:MAX_DEFECTS]),
             globals=(*facts.globals, *self.globals),
+            values=values,
         )
 
-    def _check_storages(self, tensors: tuple[TensorDescriptor, ...]) -> None:
+    def _check_storages(self, tensors: Iterable[TensorDescriptor]) -> None:
         assert self._file is not None
         for tensor in tensors:
             try:
                 self._file.check_storage(tensor)
             except ContainerDefectError as e:
-                self.defects.append(defect_of(e, self.name))
+                self._note(e)
+
+    def _globals_of(self, symbols: Iterable[Global]) -> tuple[GlobalFacts, ...]:
+        where = f"{self.name}:data.pkl"
+        return tuple(GlobalFacts(g.module, g.name, where, self._loader) for g in symbols)
+
+    def _note(self, error: ContainerDefectError) -> None:
+        self._add([defect_of(error, self.name)])
+
+    def _add(self, defects: Iterable[Defect]) -> None:
+        """Adds what is not there yet: a record may be read twice, and its damage is one."""
+        self.defects += [d for d in dict.fromkeys(defects) if d not in self.defects]
 
 
-def read_archive(location: Location, name: str, folder: Location | None = None) -> TorchArchive:
-    """Opens and reads a torch file, part of `folder` if given; use the result as a context manager."""
-    archive = TorchArchive(location, name, folder)
-    archive.read()
+def read_archive(
+    location: Location,
+    name: str,
+    folder: Location | None = None,
+    deep: DeepRead | None = None,
+    loader: Loader = "weights_only",
+) -> TorchArchive:
+    """Opens and reads a torch file.
+
+    Args:
+        name: what it is called in findings.
+        folder: the checkpoint's folder, which the file must not lead out of.
+        deep: asks `TorchArchive.scan` to read every byte.
+        loader: how the framework reads its pickle.
+    """
+    archive = TorchArchive(name, deep, loader)
+    archive.open(location, folder)
+    return archive
+
+
+def read_archive_part(
+    source: Source,
+    offset: int,
+    size: int,
+    name: str,
+    deep: DeepRead | None = None,
+    loader: Loader = "weights_only",
+) -> TorchArchive:
+    """Reads a torch file that is `size` bytes of another file from `offset` on."""
+    archive = TorchArchive(name, deep, loader)
+    archive.read(source.part(offset, size))
     return archive
 
 
@@ -104,31 +233,39 @@ def defect_of(error: ContainerDefectError, name: str) -> Defect:
     return Defect(DefectKind(error.kind), where, str(error))
 
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+def _container(source: Source) -> TorchContainer:
+    if source.size == 0:
+        raise ContainerDefectError("empty", "it is empty (0 bytes)")
+    source.prefetch([(0, min(source.size, 512)), (max(source.size - TAIL_BYTES, 0), min(source.size, TAIL_BYTES))])
+    content = content_of(source)
+    if content.kind is ContentKind.TORCH_ZIP:
+        return TorchFile(source)
+    if content.kind is ContentKind.TORCH_LEGACY:
+        try:
+            from enstack_lightning.checkpoint.legacy_file import LegacyFile
+        except ImportError:
+            what = "in the format of torch before 1.6; load it once and save it again with torch.save"
+            raise _unrecognised(Content(content.kind, what)) from None
+        return LegacyFile(source)
+    raise _unrecognised(content)
 
-_BEGINNINGS = (
-    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` to fetch the file itself"),
-    (b"<!doctype", "an HTML page, saved in place of the file by a download that failed"),
-    (b"<html", "an HTML page, saved in place of the file by a download that failed"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (_LEGACY_MAGIC, "in the format of torch before 1.6; load it once and save it again with torch.save"),
-)
+
+def _unrecognised(content: Content) -> ContainerDefectError:
+    advice = f"; {content.advice}" if content.advice else ""
+    return ContainerDefectError("unrecognised", f"it is {content.what}, not a file of torch.save{advice}")
 
 
-def name_of_content(beginning: bytes) -> str | None:
-    """What a file is that does not begin like a torch zip archive; None for one that does."""
-    if beginning.startswith(b"PK\x03\x04"):
-        return None
-    for magic, what in _BEGINNINGS:
-        if beginning.lower().startswith(magic.lower()):
-            return what
-    if not any(beginning):
-        return "filled with zeros at its beginning, as a crash of the machine leaves it"
-    if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") < 2**32:
-        return "a safetensors file"
-    if all(b in b"\t\n\r" or 32 <= b < 127 for b in beginning):
-        return "a text file"
-    return "data of no known format"
+def _globals_seen(error: ContainerDefectError) -> tuple[Global, ...]:
+    """The names that a pickle had named before reading it failed."""
+    for e in (error, error.__cause__):
+        seen = getattr(e, "globals", ())
+        if seen:
+            return tuple(seen)
+    return ()
+
+
+def _unreadable(name: str, error: OSError) -> Defect:
+    return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {error.strerror or error}")
 
 
 def _limited(defects: list[Defect]) -> list[Defect]:
