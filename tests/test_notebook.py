@@ -23,7 +23,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = [printed(cell) for cell in notebook.cells if cell["cell_type"] == "code"]
     assert "the machine dies in step 45" in said[1]
-    assert "training continues in epoch 1 at batch 10 of 30" in said[2]
+    assert "continues with epoch 1, batch 10 of 30" in said[2]
     assert "verdict     PASS" in said[2]
     assert "verdict     FAIL" in said[3]
     assert "CK105" in said[3]

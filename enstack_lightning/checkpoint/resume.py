@@ -1,6 +1,7 @@
 """What continuing from a checkpoint will do: facts in, a plan out, with the sentence that a person wants.
 
-How Lightning continues: `lightning/pytorch/loops/fit_loop.py` (`FitLoop.reset`) and `training_epoch_loop.py`.
+How Lightning continues: `lightning/pytorch/loops/fit_loop.py` (`FitLoop.reset`) and `training_epoch_loop.py`;
+transformers: `Trainer._inner_training_loop`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from enstack_lightning.checkpoint.facts import Facts, Format
 
 ResumeKind = Literal["initial", "end-of-epoch", "mid-epoch", "finished", "not-resumable"]
 
+COUNTS_FROM_ONE = frozenset((Format.ENSTACK, Format.HUGGINGFACE))
+"""Formats whose logs call the first epoch 1; Lightning's call it 0."""
+
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """Where training continues. Epochs are numbered as the checkpoint numbers them: EnStack from 1, Lightning from 0.
+    """Where training continues. Epochs are numbered as the checkpoint and its Trainer's log number them.
 
     Attributes:
         epoch: the epoch that the checkpoint belongs to.
@@ -26,6 +30,7 @@ class ResumePlan:
         learning_rate: the learning rate of the next step, of the first param group.
         max_epochs: the epochs that the run was set to train; None where it is not known or without limit.
         batches_repeated: batches that are trained a second time, at most; 0 where the loader's position is saved.
+        first_epoch: the number of the first epoch: 1 in EnStack's and transformers' checkpoints, 0 in Lightning's.
     """
 
     kind: ResumeKind
@@ -39,6 +44,12 @@ class ResumePlan:
     learning_rate: float | None
     max_epochs: int | None = None
     batches_repeated: int = 0
+    first_epoch: int = 0
+
+    @property
+    def epochs_done(self) -> int:
+        """Complete epochs."""
+        return self.next_epoch - self.first_epoch
 
     @property
     def batches_left(self) -> int | None:
@@ -47,43 +58,112 @@ class ResumePlan:
 
     @property
     def sentence(self) -> str:
+        """The plan in one line.
+
+        An epoch that counts from 0 is followed by how many epochs are done, so that nobody takes "epoch 1" for the
+        first.
+        """
         if self.kind == "not-resumable":
-            return "training cannot resume from this checkpoint"
+            return "not resumable: the checkpoint holds a model and no state of its training"
         if self.kind == "finished":
-            return f"training is finished: {self.next_epoch:,} epochs are done; raise max_epochs or max_steps to go on"
+            steps = "" if self.global_step is None else f", {_counted(self.global_step, 'step', 'steps')} taken"
+            return f"finished: {self._done}{steps}; raise max_epochs or max_steps to train on"
+        return f"{self._stands}; {self._continues}; {self._repeats}{self._rate}"
+
+    @property
+    def _stands(self) -> str:
+        if self.kind == "initial":
+            return "nothing trained yet"
         if self.kind == "end-of-epoch":
-            return f"end-of-epoch checkpoint: training continues at the start of epoch {self.next_epoch:,}"
-        left = "" if self.batches_left is None else f", {self.batches_left:,} left to train"
+            return f"end of {self._numbered(self.next_epoch - 1)}"
         of = "" if self.batches_per_epoch is None else f" of {self.batches_per_epoch:,}"
-        return (
-            f"mid-epoch checkpoint: training continues in epoch {self.next_epoch:,} at batch {self.next_batch:,}{of}; "
-            f"{self.next_batch:,} batches are done and skipped{left}"
-        )
+        return f"{self.next_batch:,}{of} batches into {self._numbered(self.next_epoch)}"
+
+    @property
+    def _continues(self) -> str:
+        verb = "starts" if self.kind == "initial" else "continues"
+        of = "" if self.batches_per_epoch is None else f" of {self.batches_per_epoch:,}"
+        return f"{verb} with epoch {self.next_epoch:,}, batch {self.next_batch:,}{of}"
+
+    @property
+    def _repeats(self) -> str:
+        most = "up to " if self.batches_repeated else ""
+        return f"{most}{_counted(self.batches_repeated, 'batch', 'batches')} trained twice"
+
+    @property
+    def _rate(self) -> str:
+        return "" if self.learning_rate is None else f"; next LR {self.learning_rate:.2e}"
+
+    def _numbered(self, epoch: int) -> str:
+        if self.first_epoch == 0:
+            return f"epoch {epoch:,} ({self._done})"
+        return f"epoch {epoch:,}" + ("" if self.max_epochs is None else f" of {self.max_epochs:,}")
+
+    @property
+    def _done(self) -> str:
+        if self.max_epochs is None:
+            return f"{_counted(self.epochs_done, 'epoch', 'epochs')} done"
+        return f"{self.epochs_done:,} of {self.max_epochs:,} epochs done"
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def plan_resume(facts: Facts) -> ResumePlan | None:
-    """The plan for these facts; None where they do not say how far training had come."""
+    """The plan for these facts; None where they do not say how far training had come.
+
+    Where no counter says whether an epoch had begun (Lightning before 1.5), a resume begins that epoch from its start.
+    """
     p = facts.progress
-    if p.epochs_completed is None or p.batches_in_epoch is None:
+    if facts.model_only:
+        return _plan(facts, "not-resumable", 0, 0)
+    if p.epochs_completed is None:
         return None
     in_epoch = (p.epochs_begun or 0) > p.epochs_completed
-    whole_epoch = in_epoch and (p.is_last_batch or p.batches_in_epoch == facts.batches_per_epoch)
-    completed = p.epochs_completed + (1 if whole_epoch and p.batches_in_epoch else 0)
-    done_in_epoch = p.batches_in_epoch if in_epoch and not whole_epoch else 0
-    first = 1 if facts.format is Format.ENSTACK else 0
+    if in_epoch and p.batches_in_epoch is None:
+        return None
+    batches = p.batches_in_epoch or 0
+    whole_epoch = in_epoch and (p.is_last_batch or batches == facts.batches_per_epoch)
+    completed = p.epochs_completed + (1 if whole_epoch and batches else 0)
+    done_in_epoch = batches if in_epoch and not whole_epoch else 0
+    return _plan(facts, _kind(facts, completed, done_in_epoch), completed, done_in_epoch)
+
+
+def _plan(facts: Facts, kind: ResumeKind, completed: int, done_in_epoch: int) -> ResumePlan:
+    first = 1 if facts.format in COUNTS_FROM_ONE else 0
+    limit = facts.run.max_epochs
     learning_rates = [g.lr for o in facts.optimizers or () for g in o.groups if g.lr is not None]
     steps = [o.most_steps for o in facts.optimizers or () if o.most_steps is not None]
     return ResumePlan(
-        kind=_kind(facts, completed, done_in_epoch),
-        epoch=p.epoch,
+        kind=kind,
+        epoch=_epoch(facts, completed, done_in_epoch),
         step=done_in_epoch,
-        global_step=p.global_step,
+        global_step=facts.progress.global_step,
         next_epoch=completed + first,
         next_batch=done_in_epoch,
         batches_per_epoch=facts.batches_per_epoch,
         optimizer_steps=sum(steps) if steps else None,
         learning_rate=learning_rates[0] if learning_rates else None,
+        max_epochs=limit if limit is not None and limit >= 0 else None,
+        batches_repeated=_repeated(facts, done_in_epoch),
+        first_epoch=first,
     )
+
+
+def _epoch(facts: Facts, completed: int, done_in_epoch: int) -> int | None:
+    """transformers writes a fraction of epochs, which is turned into the number of an epoch here."""
+    if facts.format is Format.HUGGINGFACE and not facts.model_only:
+        return completed + (1 if done_in_epoch else 0)
+    return facts.progress.epoch
+
+
+def _repeated(facts: Facts, done_in_epoch: int) -> int:
+    """Of the batches that a loader without a saved position gives in place of those left, at most so many were done."""
+    if facts.loader_position or not done_in_epoch:
+        return 0
+    left = done_in_epoch if not facts.batches_per_epoch else facts.batches_per_epoch - done_in_epoch
+    return max(0, min(done_in_epoch, left))
 
 
 def _kind(facts: Facts, completed: int, done_in_epoch: int) -> ResumeKind:
@@ -94,4 +174,6 @@ def _kind(facts: Facts, completed: int, done_in_epoch: int) -> ResumeKind:
         return "finished"
     if run.max_steps is not None and run.max_steps >= 0 and global_step is not None and global_step >= run.max_steps:
         return "finished"
-    return "mid-epoch" if done_in_epoch else "end-of-epoch"
+    if done_in_epoch:
+        return "mid-epoch"
+    return "end-of-epoch" if completed or global_step else "initial"

@@ -44,9 +44,7 @@ def test_a_good_checkpoint_ends_with_0_and_says_what_resuming_does(good: Path) -
     done = enstack("verify", good)
     assert (done.returncode, done.stderr) == (0, "")
     assert "verdict     PASS" in done.stdout
-    assert (
-        "training continues in epoch 1 at batch 2 of 5; 2 batches are done and skipped, 3 left to train" in done.stdout
-    )
+    assert "2 of 5 batches into epoch 1 (1 of 3 epochs done); continues with epoch 1, batch 2 of 5" in done.stdout
     assert done.stdout.isascii()
 
 

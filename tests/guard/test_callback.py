@@ -175,8 +175,8 @@ def test_the_resume_report(trained: Path, tmp_path: Path, caplog: pytest.LogCapt
     said = [r.getMessage() for r in caplog.records]
     assert f"resume from      {trained / 'step=7.ckpt'}" in said
     assert (
-        "epoch            mid-epoch checkpoint: training continues in epoch 1 at batch 2 of 5; "
-        "2 batches are done and skipped, 3 left to train"
+        "epoch            2 of 5 batches into epoch 1 (1 of 3 epochs done); continues with epoch 1, batch 2 of 5; "
+        "0 batches trained twice; next LR 9.31e-03"
     ) in said
     assert "optimizer steps  7, expected 7" in said
     assert "scheduler steps  7, expected 7" in said

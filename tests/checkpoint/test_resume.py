@@ -1,0 +1,177 @@
+"""The plan says what a Trainer then really does, in one sentence that nobody misreads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import TinyModule, enstack_folder, every_step, quiet_trainer
+from genuine import huggingface_trainer
+from torch.utils.data import DataLoader
+
+from enstack_lightning.checkpoint import Facts, Format, ResumePlan, plan_resume, verify_checkpoint
+from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts
+from enstack_lightning.guard import CheckpointGuard
+
+
+def sentence(path: Path) -> str:
+    plan = verify_checkpoint(path).resume
+    assert plan is not None
+    return plan.sentence
+
+
+def test_the_original_example() -> None:
+    group = ParamGroupFacts((0,), lr=1.23e-5, initial_lr=2e-5, max_lr=None, keeps_moments=True)
+    facts = Facts(
+        "checkpoint",
+        Format.ENSTACK,
+        progress=ProgressFacts(
+            epoch=2, step=0, epochs_completed=2, epochs_begun=2, batches_in_epoch=0, batches_per_epoch=1270
+        ),
+        optimizers=(OptimizerFacts((group,), {0: 2532.0}, 1),),
+        run=RunFacts(max_epochs=10),
+    )
+    plan = plan_resume(facts)
+    assert plan is not None
+    assert plan.sentence == (
+        "end of epoch 2 of 10; continues with epoch 3, batch 0 of 1,270; 0 batches trained twice; next LR 1.23e-05"
+    )
+
+
+LIGHTNING = {
+    "step=5": "end of epoch 0 (1 of 3 epochs done); continues with epoch 1, batch 0 of 5; 0 batches trained twice; "
+    "next LR 9.50e-03",
+    "epoch=0": "end of epoch 0 (1 of 3 epochs done); continues with epoch 1, batch 0 of 5; 0 batches trained twice; "
+    "next LR 9.50e-03",
+    "step=7": "2 of 5 batches into epoch 1 (1 of 3 epochs done); continues with epoch 1, batch 2 of 5; "
+    "0 batches trained twice; next LR 9.31e-03",
+    "step=15": "finished: 3 of 3 epochs done, 15 steps taken; raise max_epochs or max_steps to train on",
+}
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_a_lightning_checkpoint(name: str, trained: Path) -> None:
+    assert sentence(trained / f"{name}.ckpt") == LIGHTNING[name]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "said"),
+    [
+        (2, 0, "end of epoch 2; continues with epoch 3, batch 0 of 10; 0 batches trained twice; next LR 2.00e-05"),
+        (
+            3,
+            4,
+            "4 of 10 batches into epoch 3; continues with epoch 3, batch 4 of 10; up to 4 batches trained twice; "
+            "next LR 2.00e-05",
+        ),
+        (
+            3,
+            9,
+            "9 of 10 batches into epoch 3; continues with epoch 3, batch 9 of 10; up to 1 batch trained twice; "
+            "next LR 1.99e-05",
+        ),
+    ],
+)
+def test_an_enstack_folder(epoch: int, step: int, said: str, tmp_path: Path) -> None:
+    assert sentence(enstack_folder(tmp_path / "c", epoch, step)) == said
+
+
+class Recorder(TinyModule):
+    """Notes the number of every epoch and batch that it trains."""
+
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.plain = plain
+        self.trained: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        self.trained.append((self.current_epoch, batch_idx))
+        return super().training_step(batch)
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        return DataLoader(loader.dataset, batch_size=4) if self.plain else loader
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("step", [2, 4, 5, 7])
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_goes_on_where_the_plan_says(step: int, plain: bool, tmp_path: Path) -> None:
+    torch_trainer = quiet_trainer(tmp_path, every_step(tmp_path), max_epochs=2)
+    first = Recorder(plain)
+    torch_trainer.fit(first)
+    path = tmp_path / f"step={step}.ckpt"
+    plan = verify_checkpoint(path).resume
+    assert plan is not None
+    second = Recorder(plain)
+    quiet_trainer(tmp_path, max_epochs=2).fit(second, ckpt_path=path)
+    assert second.trained[0] == (plan.next_epoch, plan.next_batch)
+    rest = [rows for (epoch, _), rows in zip(second.trained, second.rows, strict=True) if epoch == plan.next_epoch]
+    done = [
+        rows for (epoch, _), rows in zip(first.trained[:step], first.rows, strict=False) if epoch == plan.next_epoch
+    ]
+    twice = sum(rows in done for rows in rest)
+    assert twice <= plan.batches_repeated
+    assert plan.batches_repeated == 0 or plain
+
+
+def test_a_run_that_has_not_begun_starts(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=0)
+    trainer.fit(TinyModule())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    plan = verify_checkpoint(tmp_path / "c.ckpt").resume
+    assert plan is not None
+    assert plan.kind == "initial"
+    assert plan.sentence == (
+        "nothing trained yet; starts with epoch 0, batch 0; 0 batches trained twice; next LR 1.00e-02"
+    )
+
+
+def test_a_run_ended_by_max_steps_is_finished(tmp_path: Path) -> None:
+    # Lightning counts the epoch that max_steps cuts short as done, and a longer run goes on with the next one.
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_steps=7, max_epochs=-1)
+    trainer.fit(TinyModule())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert sentence(tmp_path / "c.ckpt") == (
+        "finished: 2 epochs done, 7 steps taken; raise max_epochs or max_steps to train on"
+    )
+
+
+def test_a_model_alone_is_not_resumable() -> None:
+    plan = plan_resume(Facts("model", Format.HUGGINGFACE, model_only=True))
+    assert plan is not None
+    assert plan.kind == "not-resumable"
+    assert plan.sentence == "not resumable: the checkpoint holds a model and no state of its training"
+
+
+def test_counters_that_leave_the_place_in_the_epoch_open_give_no_plan() -> None:
+    progress = ProgressFacts(epoch=1, global_step=9, epochs_completed=1, epochs_begun=2)
+    assert plan_resume(Facts("c", Format.HUGGINGFACE, progress=progress, optimizers=())) is None
+    assert plan_resume(Facts("c", Format.HUGGINGFACE)) is None
+
+
+def test_a_lightning_checkpoint_without_loop_counters_begins_its_epoch_from_the_start() -> None:
+    progress = ProgressFacts(epoch=3, global_step=30, epochs_completed=3, epochs_begun=3)
+    plan = plan_resume(Facts("c", Format.LIGHTNING, progress=progress, optimizers=()))
+    assert plan is not None
+    assert (plan.kind, plan.next_epoch, plan.next_batch) == ("end-of-epoch", 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [(7, "end of epoch 1 of 2; continues with epoch 2, batch 0 of 7"), (9, "2 of 7 batches into epoch 2 of 2;")],
+)
+def test_a_checkpoint_of_transformers_trainer(step: int, place: str, tmp_path: Path) -> None:
+    said = sentence(huggingface_trainer(tmp_path, step))
+    assert place in said
+    assert "0 batches trained twice" in said
+
+
+def test_the_plan_is_one_line_whatever_the_numbers() -> None:
+    plan = ResumePlan("end-of-epoch", 2**40, 0, None, 2**62, 0, None, None, None)
+    for kind in ("initial", "end-of-epoch", "mid-epoch", "finished", "not-resumable"):
+        for first in (0, 1):
+            said = dataclasses.replace(plan, kind=kind, first_epoch=first).sentence
+            assert said.isprintable()
