@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from enstack_lightning import __version__
 from enstack_lightning.checkpoint.deep import Progress
 from enstack_lightning.checkpoint.facts import DefectKind, ManifestFacts
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, leads_out, locate
@@ -379,7 +378,7 @@ def _writable_location(path: str | os.PathLike[str]) -> LocalLocation:
 def _as_json(manifest: Manifest) -> bytes:
     content = {
         "version": VERSION,
-        "tool": f"enstack-lightning {__version__}",
+        "tool": _tool(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "format": manifest.format,
         "global_step": manifest.global_step,
@@ -387,6 +386,15 @@ def _as_json(manifest: Manifest) -> bytes:
         "files": [entry._asdict() for entry in manifest.files],
     }
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _tool() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"enstack-lightning {version('enstack-lightning')}"
+    except PackageNotFoundError:  # run from a source tree
+        return "enstack-lightning"
 
 
 def _write_atomically(target: Path, content: bytes) -> None:

@@ -15,9 +15,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from enstack_lightning.checkpoint.deep import NamedTensor, Span
+from enstack_lightning.checkpoint.deep import NamedTensor, Role, Span
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 MAX_HEADER_BYTES = 100_000_000
@@ -29,8 +29,6 @@ MAX_VALUES = 2_000_000
 
 MAX_NAME_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**20
-
-Role = Literal["weight", "optimizer", "other"]
 
 
 class SafetensorsTensor(NamedTuple):
