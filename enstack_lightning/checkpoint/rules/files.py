@@ -12,6 +12,8 @@ MAX_LISTED = 10
 
 _FROM_ANOTHER = "Use another checkpoint of this run; `enstack verify FOLDER` names the newest good one."
 
+_OF_A_TRAINING_RUN = {"training_state.pth", "trainer_state.json", "optimizer.pt", "scheduler.pt"}
+
 _ODD = {
     OddityKind.REPACKED: (warning, "torch reads it; make sure that you know who packed it anew, and why."),
     OddityKind.UNREFERENCED_RECORD: (warning, "torch does not read that record; save the checkpoint again to drop it."),
@@ -48,9 +50,15 @@ def missing_file(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     A Lightning checkpoint is one file. An EnStack folder needs `training_state.pth`, `config.json`, and
     `model.safetensors` or `pytorch_model.bin`; a Hugging Face folder `config.json` and its weights, with every shard
-    that `*.index.json` names; a sharded folder `.metadata` and every `.distcp` file that it names.
+    that `*.index.json` names; a sharded folder `.metadata` and every `.distcp` file that it names. A Trainer that finds
+    `optimizer.pt` or `scheduler.pt` missing loads neither and goes on, without a word, with a new optimizer. Inference
+    does without the files of a training run.
     """
-    yield from _defects(facts, DefectKind.MISSING, "Check the path, or copy the file again from where it was saved.")
+    for outcome in _defects(facts, DefectKind.MISSING, "Check the path, or copy it again from where it was saved."):
+        if options.purpose == "inference" and outcome.where in _OF_A_TRAINING_RUN:
+            yield info(outcome.message, outcome.where, "Inference does not need it.")
+        else:
+            yield outcome
 
 
 @rule("CK102", "not-a-checkpoint", compares="the file's first bytes and entries with those of every known format")

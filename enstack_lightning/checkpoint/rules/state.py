@@ -66,10 +66,9 @@ def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     A Lightning checkpoint needs `epoch`, `global_step`, `state_dict`, `loops` (since Lightning 1.5),
     `optimizer_states` and `lr_schedulers`; a sharded one keeps all but the weights and the optimizers in `meta.pt`.
-    An EnStack `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`. The Hugging Face Trainer needs
-    `global_step` and `epoch` in `trainer_state.json`, and `optimizer.pt` and `scheduler.pt`: where one of these two is
-    missing it loads neither and goes on, without a word, with a new optimizer.
-    For inference only the weights are needed. A file that holds nothing but a model is CK205's.
+    An EnStack `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`; the `trainer_state.json` of the
+    Hugging Face Trainer `global_step` and `epoch`. For inference only the weights are needed. A checkpoint that holds
+    nothing but a model is CK205's, a missing file is CK101's.
     """
     if facts.live or not facts.fields or (options.purpose == "resume" and is_model_only(facts)):
         return
@@ -83,27 +82,8 @@ def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
             wrong = True
             kind = facts.fields[name]
             yield error(f"{name} is of type {kind}, and must be {' or '.join(types)}", name, _ANOTHER)
-    for what in _missing_states(facts) if options.purpose == "resume" else ():
-        wrong = True
-        yield error(what, hint="Resume from a checkpoint saved without save_only_model, with all its files.")
     if needed and not wrong:
         yield passed(f"training state readable, with all {len(needed)} entries that {options.purpose} needs")
-
-
-def _missing_states(facts: Facts) -> Iterator[str]:
-    """What of optimizer and scheduler is in none of the files, where no reader has called the file missing."""
-    if any(d.kind is DefectKind.MISSING for d in facts.defects):
-        return
-    if facts.format is Format.HUGGINGFACE:
-        for file, states in (("optimizer.pt", facts.optimizers), ("scheduler.pt", facts.schedulers)):
-            if states is None and not _damaged(facts, file):
-                yield f"{file} is not there: the Trainer would go on with a new optimizer and a new schedule"
-    elif facts.format is Format.SHARDED and facts.optimizers is None and not facts.defects:
-        yield "the shards hold no optimizer state"
-
-
-def _damaged(facts: Facts, file: str) -> bool:
-    return any(d.where.partition(":")[0] == file for d in facts.defects)
 
 
 @rule(
