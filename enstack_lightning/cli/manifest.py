@@ -1,0 +1,69 @@
+"""`enstack manifest`: writes the digests of checkpoints that verify, so that later damage of any kind is found."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, judge, verify_checkpoint
+from enstack_lightning.checkpoint.manifest import write_manifest
+from enstack_lightning.checkpoint.search import checkpoints_at
+from enstack_lightning.errors import CheckpointError
+
+_MANIFEST_RULES = "CK8"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `enstack manifest` and returns 0 when every checkpoint has its manifest, 1 when one was refused."""
+    arguments = _parser().parse_args(argv[1:])
+    refused = 0
+    for path in checkpoints_at(arguments.paths):
+        report = _verified(path, arguments.deep)
+        if report.verdict is Verdict.FAIL:
+            errors = report.of(Severity.ERROR)
+            said = f"{errors[0].code} {errors[0].message}" if errors else "nothing in it could be verified"
+            more = f" (and {len(errors) - 1:,} more errors)" if len(errors) > 1 else ""
+            print(f"enstack manifest: {path} gets no manifest, as it fails: {said}{more}", file=sys.stderr)
+            refused += 1
+            continue
+        try:
+            print(f"{_write(path, report)}  {_size(sum(f.size for f in report.facts.files))}", flush=True)
+        except CheckpointError as e:
+            print(f"enstack manifest: {e}", file=sys.stderr)
+            refused += 1
+    return 1 if refused else 0
+
+
+def _verified(path: str, deep: bool) -> Report:
+    """The report on a checkpoint, without regard to an older manifest; a model alone is judged as one."""
+    options = Options(deep=deep, ignore=(_MANIFEST_RULES,))
+    report = verify_checkpoint(path, options)
+    if report.facts.model_only:
+        findings = judge(report.facts, dataclasses.replace(options, purpose="inference"))
+        return dataclasses.replace(report, findings=findings)
+    return report
+
+
+def _write(path: str, report: Report) -> str:
+    facts = report.facts
+    progress = facts.progress
+    return str(write_manifest(path, format=facts.format, global_step=progress.global_step, epoch=progress.epoch))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 10_000 else f"{count:,} bytes"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="enstack manifest",
+        description="Verifies checkpoints and writes, beside each that passes, a manifest: the size and BLAKE3 digest "
+        "of every file of it. `enstack verify` compares sizes with it, and with --deep digests, which finds damage "
+        "that the checkpoint's own format cannot show. A manifest that is there already is written anew.",
+        epilog="Exit status: 0 all written, 1 a checkpoint fails or its manifest cannot be written, 2 wrong call.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint, or folder of checkpoints")
+    parser.add_argument("--deep", action="store_true", help="verify every byte before its digest is taken")
+    return parser
