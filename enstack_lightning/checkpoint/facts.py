@@ -97,14 +97,15 @@ class GlobalFacts:
     Attributes:
         where: the file, or file and record, whose pickle names it.
         loader: how the framework reads that pickle. `weights_only`: `torch.load(weights_only=True)`; `transformers`:
-            the same with the NumPy names that transformers adds for `rng_state*.pth`; `pickle`: bare `pickle.load`,
-            as `torch.distributed.checkpoint` reads `.metadata`; `never`: no resume reads it (`training_args.bin`).
+            the same with the NumPy names that transformers adds for `rng_state*.pth`; `torch`:
+            `torch.load(weights_only=False)`, as `torch.distributed.checkpoint` reads entries that are no tensors;
+            `pickle`: bare `pickle.load`, as it reads `.metadata`; `never`: no resume reads it (`training_args.bin`).
     """
 
     module: str
     name: str
     where: str = ""
-    loader: Literal["weights_only", "transformers", "pickle", "never"] = "weights_only"
+    loader: Literal["weights_only", "transformers", "torch", "pickle", "never"] = "weights_only"
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"

@@ -101,6 +101,7 @@ METADATA_GLOBALS = _pairs(_METADATA) | {
 _ALLOWED = {
     "weights_only": WEIGHTS_ONLY_GLOBALS,
     "transformers": TRANSFORMERS_GLOBALS,
+    "torch": WEIGHTS_ONLY_GLOBALS,
     "pickle": METADATA_GLOBALS,
 }
 
@@ -209,6 +210,11 @@ def _sentence(g: GlobalFacts) -> str:
         return (
             f"{g.where} names {g}, which is no part of torch.distributed.checkpoint{danger}: a resume reads the file "
             "with pickle.load and would import and call it"
+        )
+    if g.loader == "torch":
+        return (
+            f"{g.where} names {g}, which is no plain value or tensor{danger}: a resume reads this entry with "
+            "torch.load(weights_only=False) and would import and call it"
         )
     more = " with the Trainer's additions" if g.loader == "transformers" else ""
     path = " (a path of attributes, not a name)" if "." in g.name else ""
