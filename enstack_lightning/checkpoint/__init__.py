@@ -6,7 +6,9 @@ Imports no torch, no lightning and no transformers.
 from __future__ import annotations
 
 from enstack_lightning.checkpoint.facts import Facts, Format
-from enstack_lightning.checkpoint.report import Report, Verdict, to_json, to_table, to_text, worst
+from enstack_lightning.checkpoint.rendering.json import to_json
+from enstack_lightning.checkpoint.rendering.text import to_table, to_text
+from enstack_lightning.checkpoint.report import Coverage, Report, Verdict, worst
 from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
 from enstack_lightning.checkpoint.rules import RULES, Finding, Options, Rule, Severity, judge
 from enstack_lightning.checkpoint.search import checkpoints_at, find_checkpoints
@@ -21,6 +23,7 @@ from enstack_lightning.checkpoint.verify import (
 
 __all__ = [
     "RULES",
+    "Coverage",
     "Facts",
     "Finding",
     "Format",

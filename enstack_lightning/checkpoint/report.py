@@ -1,20 +1,17 @@
-"""Findings become a report, and a report becomes text or JSON."""
+"""Findings become a report: the verdict, the resume plan, and how much of the checkpoint nobody looked at.
+
+`rendering` shows a report as text, JSON, SARIF or HTML.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-from enstack_lightning.checkpoint.facts import Facts
+from enstack_lightning.checkpoint.facts import Facts, ManifestFacts
 from enstack_lightning.checkpoint.resume import ResumePlan
-from enstack_lightning.checkpoint.rules import Finding, Severity
-
-JSON_VERSION = 1
+from enstack_lightning.checkpoint.rules import Finding, Options, Severity
 
 
 class Verdict(StrEnum):
@@ -26,21 +23,77 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How much of a checkpoint a verification looked at.
+
+    Attributes:
+        deep: every byte was read.
+        files: how many files the checkpoint has.
+        total_bytes: their size together.
+        bytes_not_read: bytes of tensor data that were not read.
+        bytes_not_checkable: bytes that no checksum and no manifest's digest was compared with, or could be.
+        not_checkable: the files that these lie in, each with its bytes.
+        manifest: the manifest beside the checkpoint; None when there is none.
+    """
+
+    deep: bool
+    files: int
+    total_bytes: int
+    bytes_not_read: int
+    bytes_not_checkable: int
+    not_checkable: tuple[tuple[str, int], ...]
+    manifest: ManifestFacts | None
+
+
+@dataclass(frozen=True)
 class Report:
-    """The findings on one checkpoint and what resuming from it will do."""
+    """The findings on one checkpoint and what resuming from it will do.
+
+    Attributes:
+        path: the checkpoint as the user named it.
+        resume: None where the checkpoint does not say how far training had come.
+        options: what the verification was asked for.
+    """
 
     path: str
     facts: Facts
     findings: tuple[Finding, ...]
     resume: ResumePlan | None
     elapsed_seconds: float
+    options: Options = Options()
 
     @property
     def verdict(self) -> Verdict:
         severities = {f.severity for f in self.findings}
-        if Severity.ERROR in severities or Severity.PASS not in severities:
+        if Severity.ERROR in severities or not (Severity.PASS in severities or self._read_without_a_defect):
             return Verdict.FAIL
         return Verdict.WARN if Severity.WARNING in severities else Verdict.PASS
+
+    @property
+    def _read_without_a_defect(self) -> bool:
+        """Whether the silence of the selected rules means that all is well: most of them speak of faults only."""
+        narrowed = bool(self.options.select or self.options.ignore)
+        return narrowed and bool(self.facts.files or self.facts.fields) and not self.facts.defects
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much was looked at, and how much was not."""
+        facts = self.facts
+        bare = tuple((f.name, f.without_checksum) for f in facts.files if f.without_checksum)
+        return Coverage(
+            deep=self.options.deep,
+            files=len(facts.files),
+            total_bytes=sum(f.size for f in facts.files),
+            bytes_not_read=0 if self.options.deep else sum(f.not_read + f.without_checksum for f in facts.files),
+            bytes_not_checkable=0 if self._digests_agree else sum(size for _, size in bare),
+            not_checkable=() if self._digests_agree else bare,
+            manifest=facts.manifest,
+        )
+
+    @property
+    def _digests_agree(self) -> bool:
+        m = self.facts.manifest
+        return m is not None and m.compared == "digests" and not m.defect and not m.differences
 
     def count(self, severity: Severity) -> int:
         return sum(1 for f in self.findings if f.severity is severity)
@@ -52,83 +105,14 @@ class Report:
         """Whether the checkpoint may be used: no error, and with `strict` no warning."""
         return self.verdict is Verdict.PASS or (self.verdict is Verdict.WARN and not strict)
 
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        from enstack_lightning.checkpoint.rendering.html import to_fragment
 
-def worst(reports: Sequence[Report]) -> Verdict:
-    """The verdict on several checkpoints together."""
+        return to_fragment(self)
+
+
+def worst(reports: Iterable[Report]) -> Verdict:
+    """The verdict on several checkpoints together; that of none is `fail`."""
     order = list(Verdict)
-    return max((r.verdict for r in reports), key=order.index)
-
-
-def to_json(reports: Sequence[Report], newest_good: str | None = None) -> str:
-    """One JSON object; its form is part of the command line's contract."""
-    document: dict[str, Any] = {
-        "version": JSON_VERSION,
-        "verdict": worst(reports),
-        "checkpoints": [_as_object(r) for r in reports],
-    }
-    if len(reports) > 1:
-        document["newest_good"] = newest_good
-    return json.dumps(document, indent=2, allow_nan=False)
-
-
-def _as_object(report: Report) -> dict[str, Any]:
-    return {
-        "path": report.path,
-        "format": report.facts.format,
-        "verdict": report.verdict,
-        "summary": {
-            "passed": report.count(Severity.PASS),
-            "warnings": report.count(Severity.WARNING),
-            "errors": report.count(Severity.ERROR),
-        },
-        "elapsed_seconds": round(report.elapsed_seconds, 4),
-        "findings": [dataclasses.asdict(f) for f in report.findings],
-        "resume": None if report.resume is None else dataclasses.asdict(report.resume),
-    }
-
-
-def to_text(report: Report) -> str:
-    """The whole report as lines of plain text, one a finding, aligned for the eye and for grep."""
-    lines = [f"checkpoint  {report.path}", f"format      {report.facts.format}", ""]
-    for finding in report.findings:
-        name = "" if finding.severity is Severity.PASS else f"{finding.name}: "
-        lines.append(f"{finding.severity.upper():7}  {finding.code}  {name}{finding.message}")
-        if finding.hint:
-            lines.append(f"{'':7}  {'':5}  -> {finding.hint}")
-    lines += ["", f"verdict     {_verdict_line(report)}"]
-    if report.resume is not None and report.verdict is not Verdict.FAIL:
-        lines.append(f"resume      {report.resume.sentence}")
-    return "\n".join(map(_printable, lines))
-
-
-def _verdict_line(report: Report) -> str:
-    counts = (
-        f"{report.count(Severity.PASS)} passed, {report.count(Severity.WARNING)} warning(s), "
-        f"{report.count(Severity.ERROR)} error(s)"
-    )
-    return f"{report.verdict.upper()}  {counts}, {report.elapsed_seconds * 1000:,.0f} ms"
-
-
-def to_table(reports: Sequence[Report], newest_good: Report | None) -> str:
-    """A folder of checkpoints: one line each, and the newest good one named."""
-    paths = max(len(r.path) for r in reports)
-    lines = []
-    for report in reports:
-        first = next(iter(report.of(Severity.ERROR) or report.of(Severity.WARNING)), None)
-        said = first.message if first else report.resume.sentence if report.resume else "intact"
-        code = first.code if first else ""
-        lines.append(f"{report.verdict.upper():4}  {report.path:{paths}}  {code:5}  {said}")
-    verdicts = Counter(r.verdict for r in reports)
-    counts = ", ".join(f"{verdicts[v]} {v}" for v in Verdict if verdicts[v])
-    lines += ["", f"checkpoints  {len(reports)}: {counts}"]
-    if newest_good is None:
-        lines.append("newest good  none: no checkpoint of this folder can be resumed from")
-    else:
-        step = newest_good.resume.global_step if newest_good.resume else None
-        lines.append(f"newest good  {newest_good.path}" + ("" if step is None else f" (global step {step:,})"))
-    return "\n".join(map(_printable, lines))
-
-
-def _printable(line: str) -> str:
-    """The line without characters that would move a terminal's cursor or break a log: names come from the file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return max((r.verdict for r in reports), key=order.index, default=Verdict.FAIL)

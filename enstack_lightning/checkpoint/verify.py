@@ -106,7 +106,7 @@ def report_on(
         facts, plan = Facts(path), None
         message = f"it could not be verified: {type(e).__name__}: {e}"
         findings = (Finding("CK100", "not-verified", Severity.ERROR, message, path, "Report this with the file."),)
-    return Report(path, facts, findings, plan, time.perf_counter() - began)
+    return Report(path, facts, findings, plan, time.perf_counter() - began, options or Options())
 
 
 def _exists(path: str) -> bool:
