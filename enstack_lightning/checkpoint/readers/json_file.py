@@ -28,9 +28,7 @@ def read_json_object(
     try:
         with location.open() as source:
             text = source.read_at(0, source.size).decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse if finite else None
-        )
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse if finite else None)
     except (ContainerDefectError, UnicodeDecodeError, RecursionError, ValueError) as e:
         return None, size, Defect(DefectKind.DAMAGED, name, f"it is no valid JSON: {e}")
     except OSError as e:

@@ -33,13 +33,13 @@ class MetadataDefectError(ValueError):
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of the state dict, whole: in `chunks` pieces."""
+    """A tensor of the state dict, whole; `filled_chunks` pieces of it have elements."""
 
     name: str
     path: PathTo
     dtype: str
     shape: tuple[int, ...]
-    chunks: int
+    filled_chunks: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ class Piece:
     tensor: ShardedTensor | None = None
     start: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.name}"
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is one of several chunks."""
+        return self.tensor is not None and self.tensor.filled_chunks > 1
 
     @property
     def data_bytes(self) -> int:
@@ -153,7 +162,8 @@ def _tensor(name: str, path: PathTo, entry: object) -> tuple[ShardedTensor, list
     for chunk in chunks:
         parts = _fields(chunk, _METADATA, "ChunkStorageMetadata")
         pieces.append((_sizes(parts.get("offsets"), "a chunk"), _sizes(parts.get("sizes"), "a chunk")))
-    return ShardedTensor(name, path, _dtype(name, fields.get("properties")), shape, len(pieces)), pieces
+    filled = sum(1 for _, size in pieces if math.prod(size))
+    return ShardedTensor(name, path, _dtype(name, fields.get("properties")), shape, filled), pieces
 
 
 def _dtype(name: str, properties: object) -> str:
@@ -206,6 +216,8 @@ def _path(paths: object, name: str) -> PathTo:
         return (name,)
     if not isinstance(path, tuple) or not 0 < len(path) <= MAX_DEPTH or any(type(p) not in (str, int) for p in path):
         raise MetadataDefectError(f"the place of {name} in the state dict is no tuple of keys")
+    if ".".join(map(str, path)) != name:
+        raise MetadataDefectError(f"{name} is said to stand at {'.'.join(map(str, path))[:200]} in the state dict")
     return path
 
 
@@ -258,7 +270,8 @@ def nested(values: Iterable[tuple[PathTo, object]]) -> dict[str, Any]:
         if path[-1] in at:
             raise MetadataDefectError(f"{'.'.join(map(str, path))[:200]} stands twice in the state dict")
         at[path[-1]] = value
-    return _with_lists(root, containers)
+    tree: dict[str, Any] = {str(key): _with_lists(value, containers) for key, value in root.items()}
+    return tree
 
 
 def _with_lists(value: Any, containers: set[int]) -> Any:

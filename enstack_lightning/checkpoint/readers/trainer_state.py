@@ -92,7 +92,9 @@ def _moments(state: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
     """`global_step` and `epoch` now and at every log of the run."""
     logs = state.get("log_history")
     rows = [(state.get("global_step"), state.get("epoch"))]
-    rows += [(row.get("step"), row.get("epoch")) for row in logs if isinstance(row, dict)] if isinstance(logs, list) else []
+    rows += (
+        [(row.get("step"), row.get("epoch")) for row in logs if isinstance(row, dict)] if isinstance(logs, list) else []
+    )
     for row_step, row_epoch in rows:
         step, epoch = whole(row_step), number(row_epoch)
         if step is not None and epoch is not None and step > 0 and 0 < epoch < _ENDLESS:
@@ -153,7 +155,8 @@ def misshapen_counters(state: Mapping[str, Any], where: str) -> Iterator[Defect]
     """The defects of form in the counters."""
     for name in _COUNTERS:
         value = state.get(name)
-        if name in state and (whole(value) is None or not -(2**63) <= value < 2**63):
+        counter = whole(value)
+        if name in state and (counter is None or not -(2**63) <= counter < 2**63):
             yield Defect(DefectKind.MISSHAPEN, name, f"{name} of {where} is {value!r:.40}, and must be a whole number")
     if "epoch" in state and state["epoch"] is not None and number(state["epoch"]) is None:
         message = f"epoch of {where} is {state['epoch']!r:.40}, and must be a finite number"

@@ -59,7 +59,7 @@ def add_config(facts: Facts, folder: Location) -> Facts:
 
 
 def is_weights_name(name: str) -> bool:
-    """Whether a file of this name holds weights, or says where they lie, by the names that transformers and PEFT use."""
+    """Whether a file of this name holds weights or says where they lie, by the names of transformers and PEFT."""
     return (
         name in SINGLE_FILES or name in ADAPTER_FILES or name.endswith(INDEX_SUFFIXES) or bool(_SHARD.fullmatch(name))
     )
@@ -276,7 +276,9 @@ def _weight_map(weights: _Weights, index: Mapping[str, Any], suffix: str) -> dic
     _compare_counts(weights, set(kept.values()))
     if len(set(kept.values())) > MAX_SHARDS:
         weights.defect(
-            DefectKind.DAMAGED, weights.name, f"it names {len(set(kept.values())):,} shards; the limit is {MAX_SHARDS:,}"
+            DefectKind.DAMAGED,
+            weights.name,
+            f"it names {len(set(kept.values())):,} shards; the limit is {MAX_SHARDS:,}",
         )
         return {}
     return kept
@@ -303,9 +305,7 @@ def _compare_counts(weights: _Weights, shards: set[str]) -> None:
             f"its shards are of sets of {' and '.join(f'{c:,}' for c in counts[:5])} files: two saves are mixed",
         )
     elif counts and len(matches) != counts[0]:
-        weights.defect(
-            DefectKind.DAMAGED, weights.name, f"it names {len(matches):,} shards of a set of {counts[0]:,}"
-        )
+        weights.defect(DefectKind.DAMAGED, weights.name, f"it names {len(matches):,} shards of a set of {counts[0]:,}")
 
 
 def _compare(weights: _Weights, weight_map: Mapping[str, str], tensors: Mapping[str, list[TensorFacts]]) -> None:
