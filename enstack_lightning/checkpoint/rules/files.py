@@ -44,7 +44,12 @@ def not_verified(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield error("nothing in it could be verified", facts.path, "Name a checkpoint: a file, or the folder of one.")
 
 
-@rule("CK101", "missing-file", compares="the files that are there with those that the format demands")
+@rule(
+    "CK101",
+    "missing-file",
+    compares="the files that are there with those that the format demands",
+    source="the original EnStack, check 2; transformers: trainer.py, modeling_utils.py; torch/distributed/checkpoint",
+)
 def missing_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A file that the checkpoint's format demands is not there, or is a link to nothing.
 
@@ -61,7 +66,12 @@ def missing_file(facts: Facts, options: Options) -> Iterator[Outcome]:
             yield outcome
 
 
-@rule("CK102", "not-a-checkpoint", compares="the file's first bytes and entries with those of every known format")
+@rule(
+    "CK102",
+    "not-a-checkpoint",
+    compares="the file's first bytes and entries with those of every known format",
+    source="caffe2/serialize/inline_container.cc; safetensors: README, Format",
+)
 def not_a_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
     """What stands at the path is something else than a checkpoint: a pointer, a web page, another kind of archive.
 
@@ -80,13 +90,18 @@ def not_a_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
         )
 
 
-@rule("CK103", "empty-file", compares="a file's size with 0")
+@rule("CK103", "empty-file", compares="a file's size with 0", source="the original EnStack, check 2")
 def empty_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A file has no bytes: a save that was killed before it wrote anything, or a full disk."""
     yield from _defects(facts, DefectKind.EMPTY, _FROM_ANOTHER)
 
 
-@rule("CK104", "truncated-file", compares="a file's size with what its own header or directory says")
+@rule(
+    "CK104",
+    "truncated-file",
+    compares="a file's size with what its own header or directory says",
+    source="the ZIP and safetensors formats",
+)
 def truncated_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A file ends before the place where its own header says that it ends: a kill, a full disk, a broken copy.
 
@@ -113,13 +128,19 @@ def damaged_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     yield from _defects(facts, DefectKind.DAMAGED, _FROM_ANOTHER)
 
 
-@rule("CK106", "unreadable-file", compares="that the operating system opens the file")
+@rule("CK106", "unreadable-file", compares="that the operating system opens the file", source="open(2), stat(2)")
 def unreadable_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The operating system does not let the file be read, or it is a pipe or device that must not be opened."""
     yield from _defects(facts, DefectKind.UNREADABLE, "Check the file's permissions and the disk.")
 
 
-@rule("CK107", "files-intact", Severity.PASS, compares="every file with the defects found in it")
+@rule(
+    "CK107",
+    "files-intact",
+    Severity.PASS,
+    compares="every file with the defects found in it",
+    source="the original EnStack, check 2",
+)
 def files_intact(facts: Facts, options: Options) -> Iterator[Outcome]:
     """Names each file that is there and shows no defect, with its size and how much of it was not compared.
 
@@ -209,7 +230,13 @@ def replaced_record(facts: Facts, options: Options) -> Iterator[Outcome]:
     yield from _defects(facts, DefectKind.REPLACED, "Use the file as it was saved; do not load one that was changed.")
 
 
-@rule("CK111", "odd-container", Severity.WARNING, compares="the container with what torch and transformers write")
+@rule(
+    "CK111",
+    "odd-container",
+    Severity.WARNING,
+    compares="the container with what torch and transformers write",
+    source="caffe2/serialize/inline_container.cc; transformers: modeling_utils.py",
+)
 def odd_container(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The file can be read and is not as the library writes it.
 

@@ -31,7 +31,12 @@ def manifest_difference(facts: Facts, options: Options) -> Iterator[Outcome]:
         )
 
 
-@rule("CK802", "manifest-unreadable", compares="the manifest with its own form")
+@rule(
+    "CK802",
+    "manifest-unreadable",
+    compares="the manifest with its own form",
+    source="the manifest beside the checkpoint",
+)
 def manifest_unreadable(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A manifest stands beside the checkpoint and cannot be used: it is damaged, or of a form that is not known.
 

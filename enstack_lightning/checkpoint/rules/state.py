@@ -27,7 +27,7 @@ _WANTED: dict[Format, tuple[str, ...]] = {
     Format.ENSTACK: ("total_batches", "best_val_f1", "best_val_acc", "scheduler_state_dict"),
     Format.HUGGINGFACE: ("max_steps", "num_train_epochs"),
 }
-_LOOPS_SINCE = (1, 5)  # Lightning 1.5 began to save `loops`; newer ones migrate older files
+_LOOPS_SINCE = (1, 6)  # Lightning 1.6 began to save `loops`; newer ones migrate older files
 _RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
 
@@ -64,7 +64,7 @@ def _before_loops(facts: Facts) -> bool:
 def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An entry without which training cannot be resumed is missing or of the wrong type.
 
-    A Lightning checkpoint needs `epoch`, `global_step`, `state_dict`, `loops` (since Lightning 1.5),
+    A Lightning checkpoint needs `epoch`, `global_step`, `state_dict`, `loops` (since Lightning 1.6),
     `optimizer_states` and `lr_schedulers`; a sharded one keeps all but the weights and the optimizers in `meta.pt`.
     An EnStack `training_state.pth` needs `epoch`, `step` and `optimizer_state_dict`; the `trainer_state.json` of the
     Hugging Face Trainer `global_step` and `epoch`. For inference only the weights are needed. A checkpoint that holds
@@ -91,7 +91,7 @@ def required_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     "optional-field",
     Severity.WARNING,
     compares="the state's entries with all that EnStack or the Trainer writes",
-    source="the original's trainer.py; transformers: trainer_callback.py, TrainerState",
+    source="the original EnStack, check 3; transformers: trainer_callback.py, TrainerState",
 )
 def optional_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An entry that is always written is missing: training can resume, but not everything can be checked or restored.
@@ -105,7 +105,12 @@ def optional_field(facts: Facts, options: Options) -> Iterator[Outcome]:
                 yield warning(f"{name} is missing from the training state", name)
 
 
-@rule("CK203", "no-weights", compares="the number of tensors with 0")
+@rule(
+    "CK203",
+    "no-weights",
+    compares="the number of tensors with 0",
+    source="lightning: checkpoint_connector.py, dump_checkpoint",
+)
 def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The checkpoint is readable and holds no weights."""
     if facts.defects or not (facts.fields or facts.tensors):
@@ -133,7 +138,12 @@ def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
                 yield error(defect.message, defect.where, "Use another checkpoint of this run.")
 
 
-@rule("CK205", "model-only", compares="what the checkpoint holds with what the purpose needs")
+@rule(
+    "CK205",
+    "model-only",
+    compares="what the checkpoint holds with what the purpose needs",
+    source="lightning: checkpoint_connector.py, restore_optimizers_and_schedulers",
+)
 def model_only(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The checkpoint holds a model, and neither optimizer nor schedule of a training run.
 
@@ -147,9 +157,16 @@ def model_only(facts: Facts, options: Options) -> Iterator[Outcome]:
     else:
         yield error(
             "the checkpoint holds weights only, and no optimizer state: training cannot resume from it",
-            hint="Use it for validate, test or predict (--for inference), or begin a new run with its weights; resume "
-            "from a checkpoint saved without save_weights_only.",
+            hint=f"{_lost_state(facts)}Use it for validate, test or predict (--for inference), or begin a new run with "
+            "its weights; resume from a checkpoint saved without save_weights_only.",
         )
+
+
+def _lost_state(facts: Facts) -> str:
+    """What a folder lacks that would make it a checkpoint: without it, it is no different from a model."""
+    if facts.format is not Format.HUGGINGFACE:
+        return ""
+    return "An EnStack checkpoint also has training_state.pth, and one of the Trainer trainer_state.json. "
 
 
 def is_model_only(facts: Facts) -> bool:

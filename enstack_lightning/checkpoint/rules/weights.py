@@ -327,7 +327,12 @@ def _missing_in_head(encoder: _Encoder, config: Mapping[str, Any], known: bool) 
             yield name
 
 
-@rule("CK603", "non-finite", compares="every value of weights and moments with NaN and infinity (with --deep)")
+@rule(
+    "CK603",
+    "non-finite",
+    compares="every value of weights and moments with NaN and infinity (with --deep)",
+    source="IEEE 754; Open Compute: OFP8 for float8",
+)
 def non_finite(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A weight or an optimizer's moment holds NaN or infinity: training has diverged, or bytes have changed.
 
@@ -370,7 +375,7 @@ def _values(v: ValueFacts) -> str:
     return f"{v.name} holds {count} that {'is' if v.nonfinite == 1 else 'are'} not finite ({v.first_value}{where})"
 
 
-@rule("CK604", "all-zero", Severity.INFO, compares="every value of a weight with 0 (with --deep)")
+@rule("CK604", "all-zero", Severity.INFO, compares="every value of a weight with 0 (with --deep)", source="IEEE 754")
 def all_zero(facts: Facts, options: Options) -> Iterator[Outcome]:
     """Every value of a weight is 0, as in a bias that was not trained, or where a block of zeros lies in the file.
 
