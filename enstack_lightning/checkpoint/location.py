@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Defect, DefectKind
-from enstack_lightning.checkpoint.source import LocalSource, RemoteSource, Source
+from enstack_lightning.checkpoint.source import LocalSource, RemoteSource, Source, object_store
 from enstack_lightning.errors import CheckpointError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class Location(ABC):
@@ -111,8 +120,11 @@ class LocalLocation(Location):
             loops = isinstance(e, RuntimeError) or e.errno == errno.ELOOP
             reason = "its links go round in a circle" if loops else e.strerror  # type: ignore[union-attr]
             return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {reason}"), 0
-        if not path.is_file():
-            return Defect(DefectKind.UNRECOGNISED, name, "it is not a regular file"), 0
+        except ValueError as e:
+            return Defect(DefectKind.MISSING, name, f"no file can have this name: {e}"), 0
+        if not stat.S_ISREG(status.st_mode):
+            what = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            return Defect(DefectKind.UNRECOGNISED, name, f"it is {what}, not a regular file; it was not opened"), 0
         if status.st_size == 0:
             return Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0
         return None, status.st_size
@@ -146,25 +158,39 @@ class RemoteLocation(Location):
         return self.url.rstrip("/").rpartition("/")[2]
 
     def is_folder(self) -> bool:
-        return bool(self.filesystem.isdir(self.path))
+        with object_store():
+            return bool(self.filesystem.isdir(self.path))
 
     def exists(self) -> bool:
-        return bool(self.filesystem.exists(self.path))
+        with object_store():
+            return bool(self.filesystem.exists(self.path))
 
     def names(self) -> tuple[str, ...]:
-        return self._names
+        return tuple(name for name, _ in self.entries())
+
+    def entries(self) -> tuple[tuple[str, bool], ...]:
+        """The names in this folder, sorted, and whether each is a folder itself."""
+        return self._entries
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
-        found = self.filesystem.ls(self.path, detail=False)
-        return tuple(sorted(n for entry in found if (n := str(entry).rstrip("/").rpartition("/")[2])))
+    def _entries(self) -> tuple[tuple[str, bool], ...]:
+        with object_store():
+            found = self.filesystem.ls(self.path, detail=True)
+        own = self.path.strip("/")  # an object store may list a folder's own marker
+        paths = [(str(entry["name"]).strip("/"), entry.get("type") == "directory") for entry in found]
+        return tuple(sorted((path.rpartition("/")[2], is_folder) for path, is_folder in paths if path != own))
+
+    @cached_property
+    def _info(self) -> dict[str, Any]:
+        with object_store():
+            return dict(self.filesystem.info(self.path))
 
     def child(self, name: str) -> RemoteLocation:
         return RemoteLocation(f"{self.url.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
     def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
         try:
-            found = self.filesystem.info(self.path)
+            found = self._info
         except FileNotFoundError:
             return Defect(DefectKind.MISSING, name, "it is missing"), 0
         except OSError as e:
@@ -175,12 +201,13 @@ class RemoteLocation(Location):
         return (None, size) if size else (Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0)
 
     def open(self) -> Source:
-        return RemoteSource(self.filesystem, self.path)
+        return RemoteSource(self.filesystem, self.path, int(self._info.get("size") or 0))
 
     def modified(self) -> float:
         try:
-            return float(self.filesystem.modified(self.path).timestamp())
-        except (NotImplementedError, OSError, AttributeError):
+            with object_store():
+                return float(self.filesystem.modified(self.path).timestamp())
+        except OSError:
             return 0.0
 
 
@@ -204,9 +231,12 @@ def locate(path: str | os.PathLike[str]) -> Location:
     except ImportError as e:
         raise CheckpointError(f"{text} is a URL, and reading it needs the package fsspec: pip install fsspec") from e
     try:
-        filesystem, inner = url_to_fs(text)
-    except (ImportError, ValueError) as e:
-        raise CheckpointError(f"{text} cannot be opened: {e}") from e
+        # Listings that the file system kept from before may be older than the checkpoint.
+        filesystem, inner = url_to_fs(text, use_listings_cache=False)
+    except ImportError as e:
+        raise CheckpointError(f"{text} cannot be opened: {e}".splitlines()[0]) from e
+    except Exception as e:  # clients raise classes of their own for a wrong setting
+        raise CheckpointError(f"{text} cannot be opened: {type(e).__name__}: {e}".splitlines()[0]) from e
     return RemoteLocation(text, filesystem, inner)
 
 

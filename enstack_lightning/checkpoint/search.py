@@ -1,6 +1,7 @@
 """From what a user names - a file, a folder of checkpoints, a pattern - to the checkpoints themselves, one by one.
 
-Nothing is opened: names decide what may be a checkpoint, and verifying it says whether it is one.
+No file is opened: names decide what may be a checkpoint, and verifying it says whether it is one. Files of bare weights
+are taken only where they are named, because a folder may be full of them that belong to no run.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from enstack_lightning.checkpoint.location import LocalLocation, Location, locate
+from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, locate
 from enstack_lightning.checkpoint.readers import is_checkpoint_folder
+from enstack_lightning.checkpoint.readers.content import is_unfinished
 
 SEARCH_DEPTH = 5
 """How many folders deep checkpoints are looked for."""
+CORRUPT_SUFFIX = ".corrupt"
+"""Set aside as unusable: such a name is that of no checkpoint any more."""
+MANIFEST_SUFFIX = ".manifest.json"
 
 
-def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Every checkpoint below `folder`, each once, in the order of their paths.
+def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path | str]:
+    """Every checkpoint below `folder`, each once, as it is found: a path, or a URL where `folder` is one.
 
-    Numbers in names count as numbers: `step=2` comes before `step=10`. Hidden and temporary files are passed over.
-    Links are not followed into other folders; a link to a checkpoint that is listed itself is left out.
+    Found are `.ckpt` files and folders, EnStack folders, folders of the Hugging Face Trainer and sharded ones. The
+    order is that of the paths, with numbers in names counted as numbers: `step=2` comes before `step=10`. Hidden and
+    temporary names and those that end with `.corrupt` are passed over. Links are not followed into other folders; a
+    link to a checkpoint that is listed itself is left out.
+
+    Example:
+        >>> list(find_checkpoints("does-not-exist"))
+        []
     """
-    found = list(_walk(LocalLocation(Path(folder)), SEARCH_DEPTH))
-    own = {p.resolve() for p in found if not p.is_symlink()}
-    yield from sorted((p for p in found if not p.is_symlink() or p.resolve() not in own), key=_as_people_count)
+    root = locate(folder)
+    for found in _walk(root, root, SEARCH_DEPTH):
+        yield found.path if isinstance(found, LocalLocation) else str(found)
 
 
 def checkpoints_at(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
@@ -35,37 +46,85 @@ def checkpoints_at(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     A path or pattern that leads to no checkpoint is given back as it is, for the verification to say so.
     """
     for path in paths:
-        text = os.fspath(path)
-        for match in _matches(text):
-            location = locate(match)
-            if location.is_folder() and not is_checkpoint_folder(location):
-                yield from [str(p) for p in find_checkpoints(match)] or [match]
-            else:
-                yield match
+        for match in _matches(os.fspath(path)):
+            yield from _within(match)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names as people count: `step=2` before `step=10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _within(path: str) -> Iterator[str]:
+    location = locate(path)
+    empty = True
+    if location.is_folder() and not is_checkpoint_folder(location):
+        for found in find_checkpoints(path):
+            empty = False
+            yield str(found)
+    if empty:
+        yield path
 
 
 def _matches(path: str) -> list[str]:
-    if os.path.lexists(path) or not glob.has_magic(path):
+    """What a pattern matches, but for what stands beside checkpoints; a path that is no pattern matches itself."""
+    if is_url(path):
+        matches = _remote_matches(path)
+    elif os.path.lexists(path) or not glob.has_magic(path):
         return [path]
-    return sorted(glob.glob(path, recursive=True), key=_as_people_count) or [path]  # noqa: PTH207 - an absolute pattern
+    else:
+        matches = glob.glob(path, recursive=True)  # noqa: PTH207 - the pattern may be absolute
+    return sorted(
+        (m for m in matches if not _is_set_aside(m) and not m.endswith(MANIFEST_SUFFIX)), key=natural_order
+    ) or [path]
 
 
-def _walk(folder: Location, depth: int) -> Iterator[Path]:
-    assert isinstance(folder, LocalLocation)
+def _remote_matches(url: str) -> list[str]:
+    if not re.search(r"[*\[]", url) or url.startswith(("http://", "https://")):
+        return [url]
+    location = locate(url)
+    if not isinstance(location, RemoteLocation):
+        return [url]
+    return [location.filesystem.unstrip_protocol(found) for found in location.filesystem.glob(location.path)]
+
+
+def _walk(folder: Location, root: Location, depth: int) -> Iterator[Location]:
     if is_checkpoint_folder(folder):
-        yield folder.path
+        yield folder
         return
+    for name, is_folder in sorted(_entries(folder), key=lambda entry: natural_order(entry[0])):
+        if name.startswith((".", "tmp-checkpoint-")) or _is_set_aside(name):
+            continue
+        place = folder.child(name)
+        if name.endswith(".ckpt"):
+            if not _is_listed_elsewhere(place, root):
+                yield place
+        elif is_folder and depth > 0:
+            yield from _walk(place, root, depth - 1)
+
+
+def _entries(folder: Location) -> list[tuple[str, bool]]:
+    """Names in a folder, and whether each is a folder itself and no link to one."""
     try:
-        entries = sorted(os.scandir(folder.path), key=lambda e: e.name)
+        if isinstance(folder, LocalLocation):
+            with os.scandir(folder.path) as entries:
+                return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        return list(folder.entries()) if isinstance(folder, RemoteLocation) else []
     except OSError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if depth > 0 and not entry.name.startswith("."):
-                yield from _walk(LocalLocation(Path(entry.path)), depth - 1)
-        elif entry.name.endswith(".ckpt") and not entry.name.startswith("."):
-            yield Path(entry.path)
+        return []
 
 
-def _as_people_count(path: str | Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+def _is_set_aside(name: str) -> bool:
+    return name.endswith(CORRUPT_SUFFIX) or is_unfinished(name)
+
+
+def _is_listed_elsewhere(place: Location, root: Location) -> bool:
+    """Whether a link leads to a checkpoint that the search from `root` comes upon by its own name."""
+    if not isinstance(place, LocalLocation) or not isinstance(root, LocalLocation) or not place.path.is_symlink():
+        return False
+    target, home = place.path.resolve(), root.path.resolve()
+    if not target.exists() or not target.is_relative_to(home):
+        return False
+    parts = target.relative_to(home).parts
+    hidden = any(part.startswith(".") or _is_set_aside(part) for part in parts)
+    return not hidden and len(parts) <= SEARCH_DEPTH + 1 and (target.suffix == ".ckpt" or target.is_dir())

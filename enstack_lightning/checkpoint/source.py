@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 RANGE_GAP = 64 * 2**10
 """Remote ranges that are closer to each other than this are fetched as one."""
+MAX_HELD = 32 * 2**20
+"""Bytes of earlier ranges that a remote source keeps."""
 
 
 class ContainerDefectError(ValueError):
@@ -110,18 +113,36 @@ class LocalSource(Source):
         os.close(self._fd)
 
 
+@contextmanager
+def object_store() -> Iterator[None]:
+    """Whatever the client of an object store raises on its own account is raised as an `OSError` that says the same.
+
+    Such clients have classes of their own for missing credentials, a server that cannot be reached and the like.
+    """
+    try:
+        yield
+    except (OSError, ContainerDefectError):
+        raise
+    except Exception as e:
+        raise OSError(f"{type(e).__name__}: {e}".splitlines()[0][:300]) from e
+
+
 class RemoteSource(Source):
     """An object behind an fsspec file system, read in ranges; the whole object is never fetched.
 
     Args:
         filesystem: an `fsspec.AbstractFileSystem`.
         path: the object's path within it.
+        size: bytes, where that is known already.
     """
 
-    def __init__(self, filesystem: Any, path: str) -> None:
+    def __init__(self, filesystem: Any, path: str, size: int | None = None) -> None:
         self._filesystem = filesystem
         self._path = path
-        self.size = int(filesystem.info(path)["size"])
+        if size is None:
+            with object_store():
+                size = int(filesystem.info(path)["size"])
+        self.size = size
         self._fetched: list[tuple[int, bytes]] = []
 
     def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
@@ -130,7 +151,8 @@ class RemoteSource(Source):
         for start, data in self._fetched:
             if start <= offset and offset + count <= start + len(data):
                 return data[offset - start : offset - start + count]
-        data = bytes(self._filesystem.cat_file(self._path, start=offset, end=offset + count)) if count else b""
+        with object_store():
+            data = bytes(self._filesystem.cat_file(self._path, start=offset, end=offset + count)) if count else b""
         if len(data) != count:
             raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes")
         return data
@@ -138,8 +160,13 @@ class RemoteSource(Source):
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         wanted = _merged((offset, min(offset + count, self.size)) for offset, count in ranges)
         starts, ends = [s for s, _ in wanted], [e for _, e in wanted]
-        found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
-        self._fetched = [(start, bytes(data)) for start, data in zip(starts, found, strict=True)]
+        with object_store():
+            found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
+        fetched = [(start, bytes(data)) for start, data in zip(starts, found, strict=True)]
+        self._fetched = [*fetched, *self._fetched] if self._held() < MAX_HELD else fetched
+
+    def _held(self) -> int:
+        return sum(len(data) for _, data in self._fetched)
 
 
 class _Part(Source):

@@ -290,7 +290,7 @@ def link_out(folder: Path) -> None:
 
 
 ENSTACK_FILE_FAULTS = {
-    "state missing": (remove("training_state.pth"), "CK101", "training_state.pth"),
+    "state missing": (remove("training_state.pth"), "CK205", "An EnStack checkpoint also has training_state.pth"),
     "config missing": (remove("config.json"), "CK101", "config.json"),
     "weights missing": (remove("model.safetensors"), "CK101", "neither model.safetensors nor pytorch_model.bin"),
     "state empty": (empty("training_state.pth"), "CK103", "training_state.pth: it is empty (0 bytes)"),

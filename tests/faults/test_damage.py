@@ -162,17 +162,16 @@ IMPOSTORS = {
     "HTML": (lambda p: p.write_text("<!DOCTYPE html><html>404</html>"), "an HTML page"),
     "text": (lambda p: p.write_text("Killed\n"), "a text file"),
     "gzip": (gzipped, "a gzip archive"),
-    "tar": (tarred, "not a file of torch.save"),
-    "zip": (ordinary_zip, "without data.pkl"),
+    "tar": (tarred, "a tar archive"),
+    "zip": (ordinary_zip, "an ordinary zip archive (it holds folder/readme.txt)"),
     "zeros": (lambda p: p.write_bytes(bytes(10_000)), "filled with zeros"),
     "noise": (lambda p: p.write_bytes(random.Random(0).randbytes(10_000)), "no known format"),
     "safetensors": (lambda p: save_file({"w": torch.zeros(3)}, p), "a safetensors file"),
     "torch before 1.6": (
         lambda p: torch.save({"a": 1}, p, _use_new_zipfile_serialization=False),
-        "torch before 1.6",
+        "a dict without a tensor in it",
     ),
-    "a list": (lambda p: torch.save([1, 2], p), "no Lightning checkpoint"),
-    "a model": (lambda p: torch.save(torch.nn.Linear(2, 2).state_dict(), p), "no Lightning checkpoint"),
+    "a list": (lambda p: torch.save([1, 2], p), "a list without a tensor in it"),
 }
 
 

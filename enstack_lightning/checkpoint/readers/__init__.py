@@ -1,14 +1,49 @@
-"""One module a format; `read_facts` picks the one that fits what stands at a path."""
+"""One module a format; `read_facts` picks the one that fits what stands at a path, by content and never by name alone.
+
+A name still matters in three ways: torch and transformers choose their own reader by the suffix `.safetensors`, some
+names say that a file is unfinished, and some that it is a part of a folder.
+"""
 
 from __future__ import annotations
 
-from enstack_lightning.checkpoint.deep import DeepRead
-from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
-from enstack_lightning.checkpoint.location import Location
-from enstack_lightning.checkpoint.readers.enstack_dir import is_enstack_folder, read_enstack_folder
-from enstack_lightning.checkpoint.readers.lightning import read_lightning
+import dataclasses
+import re
+from pathlib import PurePosixPath
 
-__all__ = ["is_checkpoint_folder", "is_enstack_folder", "read_facts"]
+from enstack_lightning.checkpoint.deep import DeepRead
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, FileFacts, Format, Oddity, OddityKind
+from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.readers.content import (
+    Content,
+    ContentKind,
+    content_of,
+    content_of_folder,
+    is_unfinished,
+)
+from enstack_lightning.checkpoint.readers.enstack_dir import is_enstack_folder, read_enstack_folder
+from enstack_lightning.checkpoint.readers.huggingface import is_huggingface_folder, read_huggingface
+from enstack_lightning.checkpoint.readers.lightning import is_lightning, read_lightning
+from enstack_lightning.checkpoint.readers.plain import read_plain_torch, read_safetensors_file
+from enstack_lightning.checkpoint.readers.sharded import is_sharded_folder, read_sharded
+from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
+from enstack_lightning.checkpoint.source import ContainerDefectError
+
+__all__ = ["is_checkpoint_folder", "is_unfinished", "read_facts"]
+
+_TORCH_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin"))
+_FOREIGN_SUFFIXES = frozenset(
+    (".zip", ".gz", ".tar", ".tgz", ".xz", ".7z", ".h5", ".keras", ".onnx", ".gguf", ".npz", ".npy", ".json", ".txt")
+)
+_OF_TRAINER = re.compile(r"checkpoint-\d+")
+_PARTS = {
+    "training_state.pth": "the training state of an EnStack folder",
+    "optimizer.pt": "the optimizer of a Trainer's checkpoint folder",
+    "scheduler.pt": "the schedule of a Trainer's checkpoint folder",
+    "scaler.pt": "the gradient scaler of a Trainer's checkpoint folder",
+    "training_args.bin": "the arguments of a Trainer's checkpoint folder",
+    "meta.pt": "the counters of a sharded checkpoint folder",
+    ".metadata": "the directory of a sharded checkpoint folder",
+}
 
 
 def read_facts(location: Location, deep: DeepRead | None = None) -> Facts:
@@ -20,16 +55,93 @@ def read_facts(location: Location, deep: DeepRead | None = None) -> Facts:
         deep: asks for every byte to be read; without it headers, pickles and scalars are.
     """
     try:
-        if not location.is_folder():
-            return read_lightning(location, deep)
-        if is_enstack_folder(location):
-            return read_enstack_folder(location, deep)
-        defect = Defect(DefectKind.UNRECOGNISED, str(location), "the folder holds none of the files of a checkpoint")
-    except PermissionError as e:
-        defect = Defect(DefectKind.UNREADABLE, str(location), f"it cannot be read: {e.strerror}")
-    return Facts(str(location), defects=(defect,))
+        return _read_folder(location, deep) if location.is_folder() else _read_file(location, deep)
+    except OSError as e:
+        return _failed(location, DefectKind.UNREADABLE, f"it cannot be read: {e.strerror or e}")
 
 
 def is_checkpoint_folder(location: Location) -> bool:
-    """Whether a folder is one checkpoint, whole or damaged, and not a folder of them or of something else."""
-    return is_enstack_folder(location)
+    """Whether a folder is one checkpoint, whole or damaged, and not a folder of them or of something else.
+
+    The Trainer leaves the last model beside its checkpoints: such a folder is one of checkpoints.
+    """
+    try:
+        names = location.names()
+    except OSError:
+        return False
+    if is_sharded_folder(names) or is_enstack_folder(names):
+        return True
+    return is_huggingface_folder(names) and not any(map(_OF_TRAINER.fullmatch, names))
+
+
+def _read_folder(location: Location, deep: DeepRead | None) -> Facts:
+    names = location.names()
+    if is_sharded_folder(names):
+        return read_sharded(location, deep)
+    if is_enstack_folder(names):
+        return read_enstack_folder(location, deep)
+    if is_huggingface_folder(names):
+        return read_huggingface(location, deep)
+    return _failed(location, DefectKind.UNRECOGNISED, content_of_folder(names))
+
+
+def _read_file(location: Location, deep: DeepRead | None) -> Facts:
+    name = location.name
+    defect, size = location.check_file(name)
+    if defect is not None:
+        return Facts(str(location), defects=(defect,))
+    try:
+        with location.open() as source:
+            content = content_of(source)
+    except ContainerDefectError as e:
+        return Facts(str(location), files=(FileFacts(name, size),), defects=(defect_of(e, name),))
+    except OSError as e:
+        return _failed(location, DefectKind.UNREADABLE, f"it cannot be read: {e.strerror or e}")
+    facts = _read_content(location, content, deep)
+    if not facts.files:
+        facts = dataclasses.replace(facts, files=(FileFacts(name, size),))
+    return _judge_name(facts, name, content)
+
+
+def _read_content(location: Location, content: Content, deep: DeepRead | None) -> Facts:
+    if content.kind is ContentKind.SAFETENSORS:
+        return read_safetensors_file(location, deep)
+    if content.kind is ContentKind.OTHER:
+        advice = f"; {content.advice}" if content.advice else ""
+        return _failed(location, DefectKind.UNRECOGNISED, f"it is {content.what}, no checkpoint{advice}")
+    with read_archive(location, location.name, deep=deep) as archive:
+        read = read_lightning if is_lightning(archive.value) else read_plain_torch
+        return archive.complete(read(archive, str(location)))
+
+
+def _judge_name(facts: Facts, name: str, content: Content) -> Facts:
+    """The facts with what the file's name says against its content."""
+    suffix = PurePosixPath(name).suffix.lower()
+    said = []
+    if is_unfinished(name):
+        said.append(
+            f"its name ends with {suffix}, as that of a file does which is still being written or was left when the "
+            f"save or the download was interrupted; rename it only if you know that it is whole"
+        )
+    part = _PARTS.get(name) or ("a shard of a sharded checkpoint folder" if suffix == ".distcp" else None)
+    part = "the random state of a Trainer's checkpoint folder" if name.startswith("rng_state") else part
+    if part is not None and not facts.tensors:
+        said.append(f"it is {part}, a part of a checkpoint; name the folder it lies in")
+    routed = {ContentKind.SAFETENSORS: _TORCH_SUFFIXES, ContentKind.OTHER: frozenset[str]()}
+    if suffix in routed.get(content.kind, {".safetensors"}):
+        said.append(
+            f"its name ends with {suffix} and it is {content.what}: torch and transformers choose their reader by that "
+            f"suffix; rename it"
+        )
+    odd = suffix in _FOREIGN_SUFFIXES and content.kind is not ContentKind.OTHER
+    message = f"its name ends with {suffix} and it is {content.what}"
+    return dataclasses.replace(
+        facts,
+        defects=(*facts.defects, *(Defect(DefectKind.UNRECOGNISED, name, sentence) for sentence in said)),
+        oddities=(*facts.oddities, *([Oddity(OddityKind.WRONG_SUFFIX, name, message)] if odd else [])),
+    )
+
+
+def _failed(location: Location, kind: DefectKind, message: str) -> Facts:
+    where = location.name or str(location)
+    return Facts(str(location), Format.UNKNOWN, defects=(Defect(kind, where, message),))

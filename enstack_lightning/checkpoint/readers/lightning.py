@@ -1,22 +1,28 @@
-"""Lightning's `.ckpt`: one torch zip archive whose pickle is the dict that `Trainer.save_checkpoint` dumps.
+"""Lightning's `.ckpt`: one torch file whose pickle is the dict that `Trainer.save_checkpoint` dumps.
 
 Layout: `lightning/pytorch/trainer/connectors/checkpoint_connector.py` (`dump_checkpoint`); the loop counters:
-`lightning/pytorch/loops/progress.py`.
+`lightning/pytorch/loops/progress.py`; what newer versions make of older files:
+`lightning/pytorch/utilities/migration/migration.py`. Files of Lightning 1.0 to 1.5 hold `epoch` and `global_step` and
+no loops; 1.6 to 1.9 hold the loops under other names than 2.x.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import Facts, Format, ProgressFacts, RunFacts
-from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
     field_types,
+    named_moments,
+    named_weights,
     number,
     optimizers_of,
     plain,
@@ -24,16 +30,29 @@ from enstack_lightning.checkpoint.readers.states import (
     tensors_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive
 
 VERSION_KEY = "pytorch-lightning_version"
+LOOPS_SINCE = (1, 6)
+"""The first version that saves loops; before it a resume reckons with `epoch` and `global_step` alone."""
+
+_AUTOMATIC = ("epoch_loop.automatic_optimization", "epoch_loop.optimizer_loop", "epoch_loop.batch_loop.optimizer_loop")
+_MANUAL = ("epoch_loop.manual_optimization", "epoch_loop.manual_loop", "epoch_loop.batch_loop.manual_loop")
+_SCALERS = ("MixedPrecision", "MixedPrecisionPlugin", "NativeMixedPrecisionPlugin", "native_amp_scaling_state")
+"""Under which entry the gradient scaler's state lies, by version: the precision plugin's class, or a fixed name."""
+_TRAINING_ENTRIES = ("optimizer_states", "lr_schedulers")
 
 
-def read_lightning(location: Location, deep: DeepRead | None = None) -> Facts:
-    """Facts of a Lightning checkpoint file; what cannot be read becomes a defect."""
-    with read_archive(location, location.name) as archive:
-        facts = lightning_facts(archive.value, str(location), archive.read_scalar)
-        return archive.complete(facts)
+def is_lightning(value: object) -> bool:
+    """Whether the content of a torch file is a checkpoint of Lightning; without its version Lightning loads none."""
+    return isinstance(value, Mapping) and VERSION_KEY in value
+
+
+def read_lightning(archive: TorchArchive, path: str) -> Facts:
+    """Facts of a Lightning checkpoint that is open in `archive`; what cannot be believed becomes a defect."""
+    facts = lightning_facts(archive.value, path, archive.read_scalar)
+    archive.scan(_named_weights(archive.value), named_moments(archive.value.get("optimizer_states")))
+    return facts
 
 
 def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) -> Facts:
@@ -51,12 +70,22 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         progress=progress_facts(checkpoint),
         optimizers=optimizers,
         schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),
-        run=run_facts(at(guard, ["run"])),
-        metrics=_best_metrics(checkpoint.get("callbacks")),
-        hyper_parameters=plain(checkpoint.get("hyper_parameters")) or {},
+        run=_with_precision(run_facts(at(guard, ["run"])), checkpoint),
+        metrics=_best_metrics(checkpoint.get("callbacks"), read_scalar),
+        hyper_parameters=_hyper_parameters(checkpoint.get("hyper_parameters")),
         versions=_versions(checkpoint, guard),
+        model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
         loader_position=bool(at(checkpoint, ["loops", "fit_loop", "state_dict", "combined_loader"])),
     )
+
+
+def _named_weights(checkpoint: Mapping[str, Any]) -> dict[str, TensorDescriptor]:
+    """The weights, and those of the model in training where `state_dict` holds averaged ones (`WeightAveraging`)."""
+    current = named_weights(checkpoint.get("current_model_state"))
+    return {
+        **named_weights(checkpoint.get("state_dict")),
+        **{f"current_model_state.{name}": tensor for name, tensor in current.items()},
+    }
 
 
 def run_facts(recorded: object) -> RunFacts:
@@ -78,9 +107,11 @@ def run_facts(recorded: object) -> RunFacts:
 def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:
     """Progress by the counters under `loops`, and by the entries `epoch` and `global_step`."""
     loop = at(checkpoint, ["loops", "fit_loop"])
+    if loop is None and _version(checkpoint) < LOOPS_SINCE:
+        return _progress_without_loops(checkpoint)
     batches = at(loop, ["epoch_loop.batch_progress"])
-    step = at(loop, ["epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"])
-    manual = at(loop, ["epoch_loop.manual_optimization.optim_step_progress", "total"])
+    step = at(_first(loop, _AUTOMATIC, "optim_progress"), ["optimizer", "step", "total"])
+    manual = at(_first(loop, _MANUAL, "optim_step_progress"), ["total"])
     # Only one of the two counts: automatic optimization leaves the manual counter at 0, and the other way round.
     counter = manual if whole(at(manual, ["completed"])) else step
     done = whole(at(counter, ["completed"]))
@@ -107,6 +138,36 @@ def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:
     )
 
 
+def _progress_without_loops(checkpoint: Mapping[str, Any]) -> ProgressFacts:
+    """Progress in a file of Lightning before 1.6, as a newer Lightning goes on from it.
+
+    `epoch` is the one that comes next, also in a file saved inside an epoch: the rest of that epoch is passed over.
+    `global_step` counts batches that stepped, not steps of each optimizer, and one too many in a file saved after the
+    end of `Trainer.fit`: it says nothing exact about the optimizer.
+    """
+    epoch, global_step = whole(checkpoint.get("epoch")), whole(checkpoint.get("global_step"))
+    return ProgressFacts(
+        epoch=epoch,
+        global_step=global_step,
+        recorded_global_step=global_step,
+        epochs_completed=epoch,
+        epochs_begun=epoch,
+        batches_in_epoch=0,
+        batches_begun=0,
+    )
+
+
+def _first(loop: object, places: tuple[str, ...], entry: str) -> Any:
+    """The entry in the first of the places that Lightning's versions have put it in."""
+    return next((found for place in places if (found := at(loop, [f"{place}.{entry}"])) is not None), None)
+
+
+def _version(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+    """Major and minor version of the Lightning that saved the file; that of today where it does not tell."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", str(checkpoint.get(VERSION_KEY)))
+    return (int(match[1]), int(match[2])) if match else (2, 0)
+
+
 def _batches_per_epoch(
     is_last_batch: object,
     processed: int | None,
@@ -130,14 +191,29 @@ def _guard_state(callbacks: object) -> Any:
     return callbacks.get("CheckpointGuard") if isinstance(callbacks, Mapping) else None
 
 
-def _best_metrics(callbacks: object) -> dict[str, float]:
+def _best_metrics(callbacks: object, read_scalar: ScalarReader) -> dict[str, float]:
     """The best score of every ModelCheckpoint that monitors one."""
     metrics = {}
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        monitor, score = at(state, ["monitor"]), number(at(state, ["best_model_score"]))
-        if isinstance(monitor, str) and score is not None:
-            metrics[f"best {monitor}"] = score
+        monitor, score = at(state, ["monitor"]), at(state, ["best_model_score"])
+        value = number(score)
+        value = read_scalar(score) if value is None and hasattr(score, "dtype") else value
+        if isinstance(monitor, str) and value is not None and math.isfinite(value):
+            metrics[f"best {monitor}"] = value
     return metrics
+
+
+def _hyper_parameters(value: object) -> Mapping[str, Any]:
+    """The hyper-parameters as plain values, also where they were saved as an `AttributeDict` or a `Namespace`."""
+    if isinstance(value, Call):
+        value = value.entries or value.state
+    return plain(value) if isinstance(value, Mapping) else {}
+
+
+def _with_precision(run: RunFacts, checkpoint: Mapping[str, Any]) -> RunFacts:
+    """The run, with the precision that a saved gradient scaler proves where the guard has recorded none."""
+    scales = any(at(checkpoint, [name, "scale"]) is not None for name in _SCALERS)
+    return dataclasses.replace(run, precision="16-mixed") if scales and run.precision is None else run
 
 
 def _versions(checkpoint: Mapping[str, Any], guard: object) -> dict[str, str]:
