@@ -204,3 +204,13 @@ def test_vouching_for_what_runs_code_warns() -> None:
     found = findings("os system", allow_globals=frozenset({"os.system"}))
     assert [(f.code, f.severity) for f in found] == [("CK702", Severity.WARNING)]
     assert "can run any command" in found[0].message
+
+
+def test_what_is_loaded_without_a_list_may_name_only_what_is_on_it() -> None:
+    where = "__0_0.distcp:epoch:data.pkl"
+    assert of(Severity.PASS, findings("torch Size", "__builtin__ set", loader="torch", where=where))
+    (found,) = findings("mine Config", loader="torch", where=where)
+    assert (found.code, found.severity) == ("CK701", Severity.ERROR)
+    assert "weights_only=False" in found.message
+    (vouched,) = findings("mine Config", loader="torch", where=where, allow_globals=frozenset({"mine.Config"}))
+    assert (vouched.code, "add_safe_globals" in vouched.message) == ("CK702", False)

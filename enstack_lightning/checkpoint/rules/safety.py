@@ -176,8 +176,9 @@ def unsafe_global(facts: Facts, options: Options) -> Iterator[Outcome]:
     a file with any other. Loading such a file with `weights_only=False` imports and calls what it names, which for
     a file from elsewhere means running its author's code. The Hugging Face Trainer allows a few names of NumPy more, in
     `rng_state*.pth`. The `.metadata` of a sharded checkpoint is read by a bare `pickle.load`, without any list: there,
-    every name that is not of `torch.distributed.checkpoint` itself would run. `training_args.bin` is read by no resume:
-    only names known to run code count there (see CK703).
+    every name that is not of `torch.distributed.checkpoint` itself would run. So would one in the entries beside it
+    that are no tensors, which it reads with `torch.load(weights_only=False)`: there the 144 names are the measure.
+    `training_args.bin` is read by no resume: only names known to run code count there (see CK703).
 
     The comparison is exact: of a module that is allowed no other name is, of a name no attribute.
     A class of your own that is meant to be there can be vouched for with `--allow-global MODULE.NAME` (see CK702).
@@ -197,7 +198,7 @@ def unsafe_global(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "Resume with NumPy 1, or remove the file: training goes on with another random state.",
             )
             break
-    judged = {str(g) for g in facts.globals if g.loader in ("weights_only", "transformers")}
+    judged = {str(g) for g in facts.globals if g.loader in ("weights_only", "transformers", "torch")}
     if judged and not refused and not any(_refused(g) for g in facts.globals):
         yield passed(f"safe to load: all {len(judged)} names in its pickle are allowed by weights_only=True")
 
@@ -252,7 +253,11 @@ def vouched_global(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "Do not load this file, unless you wrote it yourself and know why the name is in it.",
             )
         else:
-            needs = "" if g.loader == "pickle" else f"; a resume needs torch.serialization.add_safe_globals([{g}])"
+            needs = (
+                ""
+                if g.loader in ("pickle", "torch")
+                else f"; a resume needs torch.serialization.add_safe_globals([{g}])"
+            )
             yield info(f"{g.where or 'the pickle'} names {g}, which you vouch for{needs}", g.where)
 
 
