@@ -1,123 +1,149 @@
-"""The container that `torch.save` writes: a zip archive of stored records, one of them the pickle `data.pkl`.
+"""The container that `torch.save` writes: a zip archive of records, one of them the pickle `data.pkl`.
 
-The archive's directory is checked against the file before any record is believed: one folder, no name twice, nothing
-compressed, every record where the directory says and within the file, from the first byte to the last. Each record that
-is read is compared with its CRC-32, which `torch.load` never does.
+Everything that `torch.load` acts on is compared with what else the archive says of it: each record that is read with
+its CRC-32, which `torch.load` never does; each tensor with the storage that holds it; all records' checksums with the
+fingerprint that torch's writer left of them.
 
-Formats: PKWARE APPNOTE.TXT sections 4.3 and 4.5.3 (zip64); caffe2/serialize/inline_container.cc (the records).
+Records: `_save` in torch/serialization.py and caffe2/serialize/inline_container.cc.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Literal
 
-from enstack_lightning.checkpoint.deep import Named, NamedTensor, Span, mismatch
-from enstack_lightning.checkpoint.facts import Oddity
+from enstack_lightning.checkpoint.deep import Named, NamedTensor, Role, Span, mismatch
+from enstack_lightning.checkpoint.facts import Oddity, OddityKind
 from enstack_lightning.checkpoint.inert_pickle import (
     DTYPE_BYTES,
+    Global,
     PickleDefectError,
+    StorageDescriptor,
     TensorDescriptor,
     Unpickled,
     read_pickle,
 )
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
+from enstack_lightning.checkpoint.zip_archive import DEFAULT_ALIGNMENT, Record, ZipArchive
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_DIRECTORY_BYTES = 64 * 2**20
+MAX_SMALL_RECORD_BYTES = 1_024
 MAX_SCALAR_STORAGE_BYTES = 64 * 2**10
+MAX_SCALAR_BYTES = 32 * 2**20
+"""Read for the sake of scalars from one file; 100,000 step counts take 0.4 MB."""
 
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = struct.Struct("<4sIQI")
-_HAS_DESCRIPTOR = 0x0008
-_ALLOWED_FLAGS = 0x0800 | _HAS_DESCRIPTOR
-_ZIP64 = 0xFFFFFFFF
-_IS_FOLDER = 0x10
+MAX_DIMENSIONS = 64
+MAX_LOGICAL_SIZE = 64
+"""A tensor of more elements than this many times what its storage holds is told of: copying it would fill them in."""
+
+MIN_VERSION, MAX_VERSION = 1, 10
+"""Of the archive: `kMinSupportedFileFormatVersion` and the like in caffe2/serialize/versions.h."""
+
+_STORAGE = "data/"
+_PICKLE = "data.pkl"
+_SERIALIZATION_ID = ".data/serialization_id"
+_ALIGNMENT = ".storage_alignment"
+_OWN_RECORDS = (".format_version", _ALIGNMENT, "byteorder", "version", ".data/version", _SERIALIZATION_ID)
+_FORMS = {
+    "float64": "d",
+    "float32": "f",
+    "float16": "e",
+    "bfloat16": "H",
+    "int64": "q",
+    "int32": "i",
+    "int16": "h",
+    "int8": "b",
+    "uint64": "Q",
+    "uint32": "I",
+    "uint16": "H",
+    "uint8": "B",
+    "bool": "B",
+}
 
 
-@dataclass(frozen=True)
-class Record:
-    """One stored member: `size` bytes whose local header stands at `header_offset`."""
+class UnreadablePickleError(ContainerDefectError):
+    """The pickle cannot be read or believed; `globals` are the names that it would have imported all the same."""
 
-    name: str
-    size: int
-    crc32: int
-    header_offset: int
-    flags: int
+    def __init__(self, message: str, globals_seen: tuple[Global, ...]) -> None:
+        super().__init__("damaged", message, _PICKLE)
+        self.globals = globals_seen
 
 
 class TorchFile:
     """A torch zip archive in an open source, which stays the caller's to close.
 
+    Attributes:
+        records: by their names without the archive's folder, in the order in which they lie in the file.
+        defects: those that stop no reader: a record of torch's own that is wrong, or not the one that was saved.
+        oddities: valid and unusual; complete when the pickle has been read.
+        without_checksum: bytes of records that were saved without one (`compute_crc32 = False`, `skip_data()`).
+
     Raises:
-        ContainerDefectError: the bytes are no intact torch zip archive.
+        ContainerDefectError: the bytes are no intact zip archive.
         OSError: they cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self.size = source.size
-        directory = self._find_directory()
-        records = self._read_directory(directory)
-        self._payload_offsets = self._payload_offsets_of(records, directory.start)
-        self.records = {_without_prefix(r.name): r for r in records}
+        self._archive = ZipArchive(source)
+        self.records = self._archive.records
         self.defects: list[ContainerDefectError] = []
         self.oddities: list[Oddity] = []
-        self.without_checksum = 0
+        self._computes_crc32 = any(r.crc32 for r in self.records.values())
+        self.without_checksum = sum(r.size for r in self.records.values() if self._checksum_of(r) is None)
+        self._compared: set[str] = set()
+        self._scalars: dict[str, bytes] = {}
+        self._scalar_bytes = 0
+        self._byteorder: Literal["<", ">"] = "<"
+        self._own = {name: self._read_own(name) for name in _OWN_RECORDS if name in self.records}
+        self._check_own_records()
+        self._check_serialization_id()
+        self._check_writer()
 
     def read(self, name: str) -> bytes:
         """The bytes of record `name` (without the archive's folder), compared with the CRC-32 it was saved with."""
-        record = self.records.get(name)
-        if record is None:
-            raise ContainerDefectError("damaged", f"record {name} is missing", name)
-        data = self._pread(record.size, self._payload_offsets[record.name], name)
-        actual = zlib.crc32(data)
-        # torch.serialization's `compute_crc32 = False` writes 0 for every record.
-        if record.crc32 and actual != record.crc32:
-            raise ContainerDefectError("damaged", mismatch(actual, record.crc32), name)
+        data = self._read_unchecked(name)
+        saved = self._checksum_of(self.records[name])
+        if saved is not None:
+            actual = zlib.crc32(data)
+            if actual != saved:
+                raise ContainerDefectError("damaged", mismatch(actual, saved), name)
+            self._compared.add(name)
         return data
-
-    def payload_offset(self, name: str) -> int:
-        """Where the bytes of record `name` (without the archive's folder) begin in the file."""
-        return self._payload_offsets[self.records[name].name]
-
-    def spans(self, named: Iterable[Named] = ()) -> list[Span]:
-        """Every record of the archive, with those of the `named` tensors that lie in it."""
-        tensors: dict[str, list[NamedTensor]] = {}
-        for name, role, tensor in named:
-            if tensor.storage is not None:
-                described = NamedTensor(name, role, tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
-                tensors.setdefault(f"data/{tensor.storage.key}", []).append(described)
-        return [
-            Span(name, self.payload_offset(name), r.size, r.crc32 or None, tuple(tensors.get(name, ())))
-            for name, r in self.records.items()
-        ]
 
     def read_pickle(self) -> Unpickled:
         """The symbolic content of `data.pkl`.
 
         Raises:
-            ContainerDefectError: the record is missing, too large, changed, or no readable pickle.
+            UnreadablePickleError: the record has changed or is no readable pickle.
+            ContainerDefectError: it is missing or too large, or the archive is a program of TorchScript.
         """
-        record = self.records.get("data.pkl")
+        if "constants.pkl" in self.records:
+            raise ContainerDefectError(
+                "unrecognised",
+                "it is a TorchScript archive: it contains code, and torch.load would hand it to torch.jit",
+            )
+        record = self.records.get(_PICKLE)
         if record is None:
             raise ContainerDefectError("unrecognised", "it is a zip archive without data.pkl, so not of torch.save")
         if record.size > MAX_PICKLE_BYTES:
-            raise ContainerDefectError(
-                "damaged", f"data.pkl has {record.size:,} bytes; the limit is 64 MiB", "data.pkl"
-            )
-        data = self.read("data.pkl")
+            raise ContainerDefectError("damaged", f"it has {record.size:,} bytes; the limit is 64 MiB", _PICKLE)
+        data = self._read_unchecked(_PICKLE)
+        actual, saved = zlib.crc32(data), self._checksum_of(record)
         try:
-            return read_pickle(data)
+            content = read_pickle(data)
         except PickleDefectError as e:
-            raise ContainerDefectError("damaged", f"data.pkl cannot be read: {e}", "data.pkl") from e
+            changed = f"; {mismatch(actual, saved)}" if saved not in (None, actual) else ""
+            raise UnreadablePickleError(f"it cannot be read: {e}{changed}", e.globals) from e
+        if saved is not None and actual != saved:
+            raise UnreadablePickleError(mismatch(actual, saved), content.globals)
+        self._compared.add(_PICKLE)
+        self._check_references(content.storages)
+        return content
 
     def read_scalar(self, tensor: TensorDescriptor) -> float | None:
         """The value of a tensor of one element; None for a dtype that has no simple number.
@@ -125,23 +151,20 @@ class TorchFile:
         Raises:
             ContainerDefectError: its storage is missing, too short or changed.
         """
-        form = {"float32": "f", "float64": "d", "int64": "q", "int32": "i"}.get(tensor.dtype)
+        form = _FORMS.get(tensor.dtype)
         if form is None or tensor.storage is None or tensor.shape not in ((), (1,)):
             return None
-        name = f"data/{tensor.storage.key}"
+        name = _STORAGE + tensor.storage.key
         if name in self.records and self.records[name].size > MAX_SCALAR_STORAGE_BYTES:
             return None
-        data = self.read(name)
+        data = self._read_scalar_storage(name)
         start = tensor.offset * struct.calcsize(form)
-        if start + struct.calcsize(form) > len(data):
-            raise ContainerDefectError("damaged", f"record {name} is shorter than the tensor in it", name)
+        if not 0 <= start <= len(data) - struct.calcsize(form):
+            raise ContainerDefectError("damaged", "it is shorter than the tensor in it", name)
         (value,) = struct.unpack_from(self._byteorder + form, data, start)
+        if tensor.dtype == "bfloat16":
+            (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
         return float(value)
-
-    @cached_property
-    def _byteorder(self) -> str:
-        # Files older than torch 2.1 have no such record and are little-endian.
-        return ">" if "byteorder" in self.records and self.read("byteorder") == b"big" else "<"
 
     def check_storage(self, tensor: TensorDescriptor) -> None:
         """Compares a tensor's header with its storage record, without reading the record.
@@ -153,178 +176,212 @@ class TorchFile:
         storage = tensor.storage
         if storage is None:
             return
-        name = f"data/{storage.key}"
+        size = self._check_record(storage)
+        name = _STORAGE + storage.key
+        itemsize = DTYPE_BYTES.get(tensor.dtype)
+        if itemsize is None:
+            raise ContainerDefectError("damaged", f"a tensor in it has the unknown dtype {tensor.dtype:.40}", name)
+        shape, stride = tensor.shape, tensor.stride
+        if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or tensor.offset < 0:
+            raise ContainerDefectError(
+                "damaged", f"a tensor in it has {len(shape):,} dimensions and {len(stride):,} strides", name
+            )
+        if any(n < 0 for n in shape) or any(s < 0 for s in stride):
+            raise ContainerDefectError("damaged", "a tensor in it has a negative dimension or stride", name)
+        if 0 in shape:
+            return
+        last = tensor.offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if (last + 1) * itemsize > size:
+            raise ContainerDefectError(
+                "damaged",
+                f"a tensor of shape {shape} needs {(last + 1) * itemsize:,} bytes of its storage, which has {size:,}",
+                name,
+            )
+        logical = math.prod(shape) * itemsize
+        if logical > MAX_LOGICAL_SIZE * size:
+            message = f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
+            self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, message))
+
+    def payload_offset(self, name: str) -> int:
+        """Where the bytes of record `name` (without the archive's folder) begin in the file."""
+        return self.records[name].offset
+
+    def spans(self, named: Iterable[Named] = ()) -> list[Span]:
+        """Every record of the archive, with those of the `named` tensors that lie in it."""
+        tensors: dict[str, list[NamedTensor]] = {}
+        for name, role, tensor in named:
+            for part in tensor.parts[-1:] or (tensor,):  # of a sparse tensor, its values
+                if part.storage is not None:
+                    tensors.setdefault(_STORAGE + part.storage.key, []).append(_described(name, role, part))
+        return [
+            Span(
+                where=name,
+                offset=record.offset,
+                size=record.size,
+                crc32=self._checksum_of(record),
+                tensors=tuple(tensors.get(name, ())),
+                byteorder=self._byteorder,
+                compared=name in self._compared,
+            )
+            for name, record in self.records.items()
+        ]
+
+    # Records
+
+    def _read_unchecked(self, name: str) -> bytes:
         record = self.records.get(name)
         if record is None:
-            raise ContainerDefectError("damaged", f"record {name}, which holds a tensor's values, is missing", name)
+            raise ContainerDefectError("damaged", "it is missing", name)
+        return self._source.read_at(record.offset, record.size, name)
+
+    def _read_scalar_storage(self, name: str) -> bytes:
+        data = self._scalars.get(name)
+        if data is None:
+            data = self._scalars[name] = self.read(name)
+            self._scalar_bytes += len(data)
+            if self._scalar_bytes > MAX_SCALAR_BYTES:
+                raise ContainerDefectError(
+                    "damaged", f"the storages of scalars take more than {MAX_SCALAR_BYTES:,} bytes", name
+                )
+        return data
+
+    def _checksum_of(self, record: Record) -> int | None:
+        """The CRC-32 that a record was saved with; None where torch was told to write 0 instead.
+
+        torch leaves it out for all records, or for storages alone; any other 0 is taken at its word.
+        """
+        if record.crc32 or not record.size:
+            return record.crc32
+        return 0 if self._computes_crc32 and not record.name.startswith(_STORAGE) else None
+
+    def _check_record(self, storage: StorageDescriptor) -> int:
+        """The size of a storage's record, compared with what the pickle says of it."""
+        name = _STORAGE + storage.key
+        record = self.records.get(name)
+        if record is None:
+            raise ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
         expected = storage.numel * DTYPE_BYTES.get(storage.dtype, 1)
         if record.size != expected:
             raise ContainerDefectError(
-                "damaged", f"record {name} has {record.size:,} bytes and its tensor needs {expected:,}", name
+                "damaged", f"it has {record.size:,} bytes and its tensor needs {expected:,}", name
             )
-        itemsize = DTYPE_BYTES.get(tensor.dtype)
-        if itemsize is None:
-            raise ContainerDefectError("damaged", f"record {name} has the unknown dtype {tensor.dtype}", name)
-        if all(tensor.shape):
-            last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True))
-            if (last + 1) * itemsize > record.size:
-                raise ContainerDefectError(
-                    "damaged", f"a tensor of shape {tensor.shape} reaches beyond its storage {name}", name
+        return record.size
+
+    def _check_references(self, storages: Iterable[StorageDescriptor]) -> None:
+        """Whether the storages that the pickle names, and no others, are in the archive."""
+        expected = {_STORAGE + s.key for s in storages}
+        for storage in storages:
+            try:
+                self._check_record(storage)
+            except ContainerDefectError as e:
+                self.defects.append(e)
+        for name, record in self.records.items():
+            if name not in expected and name != _PICKLE and name not in _OWN_RECORDS:
+                beginning = self._source.read_at(record.offset, min(record.size, 2), name)
+                pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
+                message = f"the pickle does not refer to this record; it has {record.size:,} bytes{pickled}"
+                self.oddities.append(Oddity(OddityKind.UNREFERENCED_RECORD, name, message))
+
+    # What torch's writer says of the archive
+
+    def _read_own(self, name: str) -> bytes:
+        """A small record of torch's own; what is wrong with it is noted, and what it says is then nothing."""
+        if self.records[name].size > MAX_SMALL_RECORD_BYTES:
+            size = self.records[name].size
+            self.defects.append(ContainerDefectError("damaged", f"it has {size:,} bytes; torch writes a few", name))
+            return b""
+        try:
+            return self.read(name)
+        except ContainerDefectError as e:
+            self.defects.append(e)
+            return b""
+
+    def _check_own_records(self) -> None:
+        if not {"version", ".data/version"} & self._own.keys():
+            self._note("it is missing, and torch.load refuses an archive without it", "version")
+        for name in ("version", ".data/version"):
+            if name in self._own and not MIN_VERSION <= _number(self._own[name]) <= MAX_VERSION:
+                self._note(
+                    f"it holds {self._own[name][:20]!r}; torch reads versions {MIN_VERSION} to {MAX_VERSION}", name
                 )
+        # Files of torch before 2.1 have no record of the byte order and are little-endian.
+        byteorder = self._own.get("byteorder", b"little")
+        if byteorder == b"big":
+            self._byteorder = ">"
+        elif byteorder != b"little":
+            self._note(f"it holds {byteorder[:20]!r}; torch reads b'little' and b'big'", "byteorder")
+        alignment = _number(self._own[_ALIGNMENT]) if _ALIGNMENT in self._own else DEFAULT_ALIGNMENT
+        if alignment < 1:
+            self._note(f"it holds {self._own[_ALIGNMENT][:20]!r} where a number of bytes is needed", _ALIGNMENT)
+        else:
+            self._archive.check_alignment(alignment)
 
-    # The archive
-
-    def _pread(self, count: int, offset: int, what: str) -> bytes:
-        return self._source.read_at(offset, count, what)
-
-    def _read_directory(self, directory: _Directory) -> list[Record]:
-        raw = self._pread(directory.end - directory.start, directory.start, "the archive's directory")
-        records, at = [], 0
-        for _ in range(directory.entries):
-            record, at = _central_entry(raw, at)
-            records.append(record)
-        if at != len(raw):
-            raise ContainerDefectError("damaged", f"the archive's directory has {len(raw) - at:,} bytes too many")
-        _check_names(records)
-        return records
-
-    def _find_directory(self) -> _Directory:
-        tail_size = min(self.size, _END.size + _LOCATOR.size + _END64.size)
-        tail = self._pread(tail_size, self.size - tail_size, "the end of the archive")
-        if len(tail) < _END.size or tail[-_END.size :][:4] != b"PK\x05\x06":
-            raise ContainerDefectError(
-                "truncated", f"the file ends after {self.size:,} bytes without the archive's directory: it was cut off"
-            )
-        _, disk, first_disk, count_here, count, length, start, comment = _END.unpack(tail[-_END.size :])
-        end = self.size - _END.size
-        if comment:
-            raise ContainerDefectError("damaged", "the archive ends with a comment, which torch never writes")
-        if tail[-_END.size - _LOCATOR.size :][:4] == b"PK\x06\x07":
-            narrow = (disk, first_disk, count_here, count, length, start)
-            _, locator_disk, end, disks = _LOCATOR.unpack(tail[-_END.size - _LOCATOR.size : -_END.size])
-            if end != self.size - tail_size or tail[:4] != b"PK\x06\x06" or (locator_disk, disks) != (0, 1):
-                raise ContainerDefectError("damaged", "the archive's zip64 directory is not where its locator says")
-            _, rest, _, _, *wide = _END64.unpack(tail[: _END64.size])
-            disk, first_disk, count_here, count, length, start = wide
-            if rest != _END64.size - 12 or any(n not in (w, _ZIP64, 0xFFFF) for n, w in zip(narrow, wide, strict=True)):
-                raise ContainerDefectError("damaged", "the archive's zip64 directory disagrees with its short form")
-        if (disk, first_disk) != (0, 0) or count_here != count:
-            raise ContainerDefectError("damaged", "the archive's directory says that it is one part of several")
-        if start + length != end or length > MAX_DIRECTORY_BYTES or count * _CENTRAL.size > length:
-            raise ContainerDefectError(
-                "damaged",
-                f"the archive's directory of {count:,} entries and {length:,} bytes at byte {start:,} "
-                f"does not end at byte {end:,}",
-            )
-        return _Directory(start, end, count)
-
-    def _payload_offsets_of(self, records: list[Record], limit: int) -> dict[str, int]:
-        """Compares each local header with the directory, and that the records fill the file up to `limit`."""
-        payloads = {}
-        expected = 0
-        for record in sorted(records, key=lambda r: r.header_offset):
-            if record.header_offset != expected:
-                raise ContainerDefectError(
-                    "damaged",
-                    f"record {record.name} begins at byte {record.header_offset:,}; the one before it ends at "
-                    f"{expected:,}",
-                    record.name,
+    def _check_serialization_id(self) -> None:
+        """Recomputes the last 20 digits of the archive's fingerprint: a hash of all records' checksums."""
+        saved = self._own.get(_SERIALIZATION_ID)
+        if not saved:
+            return
+        if not re.fullmatch(rb"\d{40}", saved):
+            self._note(f"it holds {saved[:50]!r} where 40 digits are needed", _SERIALIZATION_ID)
+            return
+        at = self.records[_SERIALIZATION_ID].header_offset
+        written = [r for r in self.records.values() if r.header_offset < at and r.size]
+        # Another writer may have put the same records in another order: then that of torch gives the fingerprint.
+        others = [r for r in self.records.values() if r.size and r.name != _SERIALIZATION_ID]
+        orders = [written] if not self._archive.unlike_torch else [written, sorted(others, key=_torch_order)]
+        if int(saved[20:]) not in [_combined(order) for order in orders]:
+            self.defects.append(
+                ContainerDefectError(
+                    "replaced",
+                    f"the checksums of the archive's {len(written):,} records do not give the fingerprint that was "
+                    "saved with them: at least one record is not the one that was saved",
+                    _SERIALIZATION_ID,
                 )
-            header = self._pread(_LOCAL.size + len(record.name.encode()), record.header_offset, record.name)
-            magic, _, flags, method, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack_from(header)
-            name = header[_LOCAL.size :]
-            if (magic, flags, method) != (b"PK\x03\x04", record.flags, 0) or name_length != len(name):
-                raise _header_defect(record)
-            if name != record.name.encode():
-                raise _header_defect(record)
-            payloads[record.name] = record.header_offset + _LOCAL.size + name_length + extra_length
-            expected = payloads[record.name] + record.size
-            if record.flags & _HAS_DESCRIPTOR:
-                expected += self._descriptor_length(record, expected)
-        if expected != limit:
-            raise ContainerDefectError(
-                "damaged", f"the archive's records end at byte {expected:,} and its directory begins at {limit:,}"
             )
-        return payloads
 
-    def _descriptor_length(self, record: Record, offset: int) -> int:
-        wide = record.size >= _ZIP64 or record.header_offset >= _ZIP64
-        form = "<4sI2Q" if wide else "<4s3I"
-        magic, crc32, _, size = struct.unpack(form, self._pread(struct.calcsize(form), offset, record.name))
-        if magic != b"PK\x07\x08" or crc32 != record.crc32 or size != record.size:
-            raise ContainerDefectError(
-                "damaged", f"the descriptor of record {record.name} disagrees with the directory", record.name
-            )
-        return struct.calcsize(form)
+    def _check_writer(self) -> None:
+        """Tells of records that torch's writer would have written otherwise."""
+        unlike = [f"{count:,} of its records {'each ' * (count > 1)}{what}" for what, count in self._unlike_torch()]
+        if unlike:
+            message = f"it was not written by torch.save as it is: {'; '.join(unlike)}"
+            self.oddities.append(Oddity(OddityKind.REPACKED, "", message))
 
+    def _unlike_torch(self) -> list[tuple[str, int]]:
+        unlike = list(self._archive.unlike_torch.items())
+        storages = [r for r in self.records.values() if r.size and r.name.startswith(_STORAGE)]
+        without = sum(1 for r in storages if not r.crc32)
+        if 0 < without < len(storages):
+            unlike.append(("has no checksum (CRC-32 0) while others have one", without))
+        return unlike
 
-class _Directory(NamedTuple):
-    start: int
-    end: int
-    entries: int
-
-
-def _header_defect(record: Record) -> ContainerDefectError:
-    return ContainerDefectError(
-        "damaged", f"the header of record {record.name} disagrees with the archive's directory", record.name
-    )
+    def _note(self, message: str, record: str) -> None:
+        """Notes a defect of a record, unless that could not be read, which is noted already."""
+        if not any(e.record == record for e in self.defects):
+            self.defects.append(ContainerDefectError("damaged", message, record))
 
 
-def _central_entry(raw: bytes, at: int) -> tuple[Record, int]:
-    if len(raw) - at < _CENTRAL.size:
-        raise ContainerDefectError("damaged", "the archive's directory ends in the middle of an entry")
-    entry = _CENTRAL.unpack_from(raw, at)
-    magic, flags, method, crc32, compressed, size = entry[0], entry[3], entry[4], entry[7], entry[8], entry[9]
-    name_length, extra_length, comment_length, offset = entry[10], entry[11], entry[12], entry[16]
-    at += _CENTRAL.size
-    try:
-        name = raw[at : at + name_length].decode("utf-8")
-    except UnicodeDecodeError:
-        raise ContainerDefectError("damaged", "a record's name in the archive's directory is not UTF-8") from None
-    if magic != b"PK\x01\x02" or not name:
-        raise ContainerDefectError(
-            "damaged", f"the archive's directory has no entry at byte {at - _CENTRAL.size:,} of it"
-        )
-    extra = raw[at + name_length : at + name_length + extra_length]
-    size, compressed, offset = _zip64_values(extra, size, compressed, offset)
-    if method != 0 or compressed != size:
-        raise ContainerDefectError("damaged", f"record {name} is compressed; torch stores records as they are", name)
-    if entry[13] or comment_length or entry[15] & _IS_FOLDER:
-        raise ContainerDefectError("damaged", f"record {name} is said to be a folder, or of another archive", name)
-    if flags & ~_ALLOWED_FLAGS:
-        raise ContainerDefectError("damaged", f"record {name} has flags 0x{flags:04x}: encrypted or not of torch", name)
-    return Record(name, size, crc32, offset, flags), at + name_length + extra_length
+def _described(name: str, role: Role, tensor: TensorDescriptor) -> NamedTensor:
+    return NamedTensor(name, role, tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
 
 
-def _zip64_values(extra: bytes, *values: int) -> list[int]:
-    """The values with each 0xFFFFFFFF replaced by its 64-bit form from the zip64 extra field (APPNOTE 4.5.3)."""
-    wide = []
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
-        if kind == 0x0001:
-            wide = list(struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4))
-        at += 4 + length
-    if values.count(_ZIP64) > len(wide):
-        raise ContainerDefectError("damaged", "an entry of the archive's directory lacks its zip64 sizes")
-    return [wide.pop(0) if v == _ZIP64 else v for v in values]
+def _number(text: bytes) -> int:
+    """The number that a record holds as text; -1 for anything else."""
+    return int(text) if re.fullmatch(rb"\d{1,18}\s?", text) else -1
 
 
-def _check_names(records: list[Record]) -> None:
-    seen: set[str] = set()
-    prefix = records[0].name.partition("/")[0] if records else ""
+def _combined(records: Iterable[Record]) -> int:
+    """The hash of checksums in `PyTorchStreamWriter`: `c10::hash_combine` of each, in the order of writing."""
+    seed = 0
     for record in records:
-        # torch looks names up without regard to case and takes one of several by chance of its search.
-        key = record.name.lower()
-        if key in seen:
-            raise ContainerDefectError("damaged", f"record {record.name} is in the archive more than once", record.name)
-        seen.add(key)
-        folder, slash, rest = record.name.partition("/")
-        if folder != prefix or not slash or not rest or ".." in record.name.split("/") or "\\" in record.name:
-            raise ContainerDefectError(
-                "damaged", f"record {record.name!r} does not lie in the archive's one folder", record.name
-            )
+        seed ^= (record.crc32 + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & 0xFFFFFFFFFFFFFFFF
+        seed &= 0xFFFFFFFFFFFFFFFF
+    return seed
 
 
-def _without_prefix(name: str) -> str:
-    return name.partition("/")[2]
+def _torch_order(record: Record) -> tuple[int, int, str]:
+    """Where torch writes a record: the pickle, its own records, the storages by number, the version."""
+    key = record.name.removeprefix(_STORAGE)
+    if record.name.startswith(_STORAGE):
+        return 4, int(key) if key.isdecimal() and len(key) < 20 else 0, key
+    order = (_PICKLE, ".format_version", _ALIGNMENT, "byteorder")
+    return (order.index(record.name) if record.name in order else 5), 0, key

@@ -24,7 +24,7 @@ from enstack_lightning.checkpoint.facts import (
 )
 from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
 from enstack_lightning.checkpoint.location import Location
-from enstack_lightning.checkpoint.readers.content import TAIL_BYTES, Content, ContentKind, content_of
+from enstack_lightning.checkpoint.readers.content import TAIL_BYTES, ContentKind, content_of
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
@@ -75,6 +75,7 @@ class TorchArchive:
         self._source: Source | None = None
         self._file: TorchContainer | None = None
         self._scanned = False
+        self._noted: set[Defect] = set()
 
     def __enter__(self) -> TorchArchive:
         return self
@@ -190,7 +191,10 @@ class TorchArchive:
 
     def _add(self, defects: Iterable[Defect]) -> None:
         """Adds what is not there yet: a record may be read twice, and its damage is one."""
-        self.defects += [d for d in dict.fromkeys(defects) if d not in self.defects]
+        for defect in defects:
+            if defect not in self._noted:
+                self._noted.add(defect)
+                self.defects.append(defect)
 
 
 def read_archive(
@@ -241,18 +245,11 @@ def _container(source: Source) -> TorchContainer:
     if content.kind is ContentKind.TORCH_ZIP:
         return TorchFile(source)
     if content.kind is ContentKind.TORCH_LEGACY:
-        try:
-            from enstack_lightning.checkpoint.legacy_file import LegacyFile
-        except ImportError:
-            what = "in the format of torch before 1.6; load it once and save it again with torch.save"
-            raise _unrecognised(Content(content.kind, what)) from None
+        from enstack_lightning.checkpoint.legacy_file import LegacyFile
+
         return LegacyFile(source)
-    raise _unrecognised(content)
-
-
-def _unrecognised(content: Content) -> ContainerDefectError:
     advice = f"; {content.advice}" if content.advice else ""
-    return ContainerDefectError("unrecognised", f"it is {content.what}, not a file of torch.save{advice}")
+    raise ContainerDefectError("unrecognised", f"it is {content.what}, not a file of torch.save{advice}")
 
 
 def _globals_seen(error: ContainerDefectError) -> tuple[Global, ...]:

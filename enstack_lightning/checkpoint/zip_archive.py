@@ -1,0 +1,366 @@
+"""A zip archive of stored records that fill the file from its first byte to its last, checked before it is believed.
+
+Whatever two readers of zip could see differently ends the reading: the directory against each record's own header and
+descriptor, one folder, no name twice (without regard to case, as torch looks names up), nothing compressed or
+encrypted, no byte before, between or behind the records. What torch's writer would have done otherwise, and its reader
+lets pass, is counted in `ZipArchive.unlike_torch`.
+
+Format: PKWARE APPNOTE.TXT sections 4.3 and 4.5.3 (zip64); the padding and the descriptors of torch's writer:
+caffe2/serialize/inline_container.cc.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from typing import NamedTuple
+
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
+
+MAX_DIRECTORY_BYTES = 64 * 2**20
+MAX_RECORDS = 200_000
+"""Of one archive. A checkpoint of 6,000 tensors with an optimizer's state has some 24,000."""
+
+MAX_NAME_BYTES = 1_024
+MAX_PREFETCHED_RECORD = 64 * 2**20
+DEFAULT_ALIGNMENT = 64
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR = struct.Struct("<4sIQI")
+_DESCRIPTOR = struct.Struct("<4s3I")
+_DESCRIPTOR64 = struct.Struct("<4sI2Q")
+_HAS_DESCRIPTOR = 0x0008
+_ALLOWED_FLAGS = 0x0800 | _HAS_DESCRIPTOR
+_WIDE = 0xFFFFFFFF
+_IS_FOLDER = 0x10
+_ZIP64_EXTRA = 0x0001
+_PADDING_EXTRA = b"FB"
+_USUAL_EXTRA_BYTES = 160
+"""Of a local header: a zip64 field and padding to 64 bytes take less; more is read when it is said to be there."""
+
+
+class Record(NamedTuple):
+    """One stored member: `size` bytes from `offset` of the file on, behind the header at `header_offset`.
+
+    Attributes:
+        name: without the archive's folder.
+    """
+
+    name: str
+    size: int
+    crc32: int
+    header_offset: int
+    offset: int
+
+
+class ZipArchive:
+    """The records of a zip archive.
+
+    Attributes:
+        records: by name, in the order in which they lie in the file.
+        unlike_torch: how many records differ from what torch's writer makes, by the kind of difference.
+
+    Raises:
+        ContainerDefectError: the bytes are no intact archive of stored records in one folder.
+        OSError: they cannot be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.unlike_torch: Counter[str] = Counter()
+        directory = _find_directory(source)
+        entries = _read_directory(source, directory)
+        entries.sort(key=_header_offset)
+        self._prefetch(entries, directory.start)
+        self.records = self._read_headers(entries, directory.start)
+
+    def check_alignment(self, alignment: int) -> None:
+        """Counts the records that do not begin at a multiple of `alignment` bytes."""
+        for record in self.records.values():
+            if record.size and record.offset % alignment:
+                self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] += 1
+
+    def _prefetch(self, entries: list[_Entry], end: int) -> None:
+        """Asks for all headers, descriptors and whatever small lies between them in one go, and for the pickle."""
+        if self._source.local_fd() is not None:
+            return
+        ranges = []
+        for entry, border in zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True):
+            whole = border - entry.header_offset
+            if entry.name.endswith("/data.pkl") and whole <= MAX_PREFETCHED_RECORD:
+                ranges.append((entry.header_offset, whole))
+            elif whole > 0:
+                head = _LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES
+                ranges.append((entry.header_offset, min(whole, head)))
+                ranges.append((max(border - _DESCRIPTOR64.size, entry.header_offset), min(whole, _DESCRIPTOR64.size)))
+        self._source.prefetch(ranges)
+
+    def _read_headers(self, entries: list[_Entry], end: int) -> dict[str, Record]:
+        """Compares each record's own header with the directory, and that the records fill the file up to `end`."""
+        records = {}
+        expected = 0
+        borders = [e.header_offset for e in entries[1:]]
+        borders.append(end)
+        for entry, border in zip(entries, borders, strict=True):
+            if entry.header_offset != expected:
+                raise _misplaced(entry, expected)
+            offset = self._payload_offset(entry, border)
+            expected = offset + entry.size
+            if expected > border:
+                raise ContainerDefectError(
+                    "damaged",
+                    f"its {entry.size:,} bytes from byte {offset:,} on reach beyond byte {border:,}, the next record",
+                    entry.short,
+                )
+            if entry.flags & _HAS_DESCRIPTOR:
+                expected += self._descriptor_length(entry, expected, border)
+            elif entry.size:
+                self.unlike_torch["has no descriptor behind it"] += 1
+            name = entry.short
+            records[name] = Record(name, entry.size, entry.crc32, entry.header_offset, offset)
+        if expected != end:
+            raise ContainerDefectError(
+                "damaged", f"the archive's records end at byte {expected:,} and its directory begins at byte {end:,}"
+            )
+        return records
+
+    def _payload_offset(self, entry: _Entry, border: int) -> int:
+        size = min(_LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES, border - entry.header_offset)
+        if size < _LOCAL.size + len(entry.raw_name):
+            raise _header_defect(entry, "there is no room for it")
+        header = self._source.read_at(entry.header_offset, size, entry.short)
+        magic, _, flags, method, _, _, crc32, compressed, whole, name_length, extra_length = _LOCAL.unpack_from(header)
+        extra_start = _LOCAL.size + name_length
+        if magic != b"PK\x03\x04":
+            raise _header_defect(entry, "it does not begin with PK\\x03\\x04")
+        if header[_LOCAL.size : extra_start] != entry.raw_name:
+            raise _header_defect(entry, "they give it different names")
+        if (flags, method) != (entry.flags, 0):
+            raise _header_defect(entry, f"it has flags 0x{flags:04x} and method {method}")
+        payload: int = entry.header_offset + extra_start + extra_length
+        if payload > border:
+            raise _header_defect(entry, f"its extra field of {extra_length:,} bytes reaches into the next record")
+        extra = header[extra_start : extra_start + extra_length]
+        if len(extra) < extra_length:
+            extra = self._source.read_at(entry.header_offset + extra_start, extra_length, entry.short)
+        if whole or compressed or crc32 or not flags & _HAS_DESCRIPTOR:
+            _check_local_sizes(entry, extra, crc32, compressed, whole)
+        if not _is_torch_padding(extra):
+            self.unlike_torch["has a header without torch's padding"] += 1
+        return payload
+
+    def _descriptor_length(self, entry: _Entry, offset: int, border: int) -> int:
+        """The length of the descriptor at `offset`, which must fill the file up to the next record at `border`."""
+        form = {_DESCRIPTOR.size: _DESCRIPTOR, _DESCRIPTOR64.size: _DESCRIPTOR64}.get(border - offset)
+        if form is None:
+            raise ContainerDefectError(
+                "damaged",
+                f"{border - offset:,} bytes lie between its end and the next record; a descriptor has 16 or 24",
+                entry.short,
+            )
+        found = form.unpack(self._source.read_at(offset, form.size, entry.short))
+        if found != (b"PK\x07\x08", entry.crc32, entry.size, entry.size):
+            raise ContainerDefectError(
+                "damaged", "the descriptor behind it disagrees with the archive's directory", entry.short
+            )
+        return form.size
+
+
+class _Directory(NamedTuple):
+    start: int
+    end: int
+    entries: int
+
+
+class _Entry(NamedTuple):
+    """A record as the directory has it."""
+
+    name: str
+    raw_name: bytes
+    size: int
+    crc32: int
+    header_offset: int
+    flags: int
+
+    @property
+    def short(self) -> str:
+        """Its name without the archive's folder."""
+        return _short(self.name)
+
+
+def _short(name: str) -> str:
+    return name.partition("/")[2] or name
+
+
+def _header_offset(entry: _Entry) -> int:
+    return entry.header_offset
+
+
+def _header_defect(entry: _Entry, why: str) -> ContainerDefectError:
+    return ContainerDefectError("damaged", f"its header disagrees with the archive's directory: {why}", entry.short)
+
+
+def _misplaced(entry: _Entry, expected: int) -> ContainerDefectError:
+    if expected == 0:
+        message = f"{entry.header_offset:,} bytes stand before the archive's first record"
+    else:
+        message = f"it begins at byte {entry.header_offset:,}; the record before it ends at byte {expected:,}"
+    return ContainerDefectError("damaged", message, entry.short)
+
+
+def _is_torch_padding(extra: bytes) -> bool:
+    """Whether an extra field is torch's padding: `FB`, a length and that many `Z`, behind a zip64 field or alone."""
+    if extra[:2] == b"\x01\x00":
+        extra = extra[4 + int.from_bytes(extra[2:4], "little") :]
+    padding = len(extra) - 4
+    return (
+        extra[:2] == _PADDING_EXTRA
+        and int.from_bytes(extra[2:4], "little") == padding
+        and extra.count(b"Z", 4) == padding
+    )
+
+
+def _check_local_sizes(entry: _Entry, extra: bytes, crc32: int, compressed: int, size: int) -> None:
+    """Compares the sizes and the CRC-32 in a record's header; with a descriptor behind it they may be 0."""
+    try:
+        size, compressed, *_ = _zip64_values(extra, size, compressed)
+    except ContainerDefectError:
+        raise _header_defect(entry, "it lacks its zip64 sizes") from None
+    unset = (0,) if entry.flags & _HAS_DESCRIPTOR else ()
+    if size not in (entry.size, *unset) or compressed not in (entry.size, *unset):
+        raise _header_defect(entry, f"it gives {size:,} bytes, the directory {entry.size:,}")
+    if crc32 not in (entry.crc32, *unset):
+        raise _header_defect(entry, f"it gives the CRC-32 {crc32:08x}, the directory {entry.crc32:08x}")
+
+
+def _find_directory(source: Source) -> _Directory:
+    size = source.size
+    tail_size = min(size, _END.size + _LOCATOR.size + _END64.size)
+    tail = source.read_at(size - tail_size, tail_size, "the end of the archive")
+    if len(tail) < _END.size or tail[-_END.size :][:4] != b"PK\x05\x06":
+        raise _no_end(source)
+    _, disk, first_disk, count_here, count, length, start, comment = _END.unpack(tail[-_END.size :])
+    end = size - _END.size
+    if comment:
+        raise ContainerDefectError("damaged", "the archive ends with a comment, which torch never writes")
+    if tail[-_END.size - _LOCATOR.size :][:4] == b"PK\x06\x07":
+        narrow = (disk, first_disk, count_here, count, length, start)
+        _, locator_disk, end, disks = _LOCATOR.unpack(tail[-_END.size - _LOCATOR.size : -_END.size])
+        if end != size - tail_size or tail[:4] != b"PK\x06\x06" or (locator_disk, disks) != (0, 1):
+            raise ContainerDefectError("damaged", "the archive's zip64 directory is not where its locator says")
+        _, rest, _, _, *wide = _END64.unpack(tail[: _END64.size])
+        disk, first_disk, count_here, count, length, start = wide
+        if rest != _END64.size - 12 or any(n not in (w, _WIDE, 0xFFFF) for n, w in zip(narrow, wide, strict=True)):
+            raise ContainerDefectError("damaged", "the archive's zip64 directory disagrees with its short form")
+    if (disk, first_disk) != (0, 0) or count_here != count:
+        raise ContainerDefectError("damaged", "the archive's directory says that it is one part of several")
+    if start + length != end or length > MAX_DIRECTORY_BYTES or count * _CENTRAL.size > length or count > MAX_RECORDS:
+        raise ContainerDefectError(
+            "damaged",
+            f"the archive's directory of {count:,} entries and {length:,} bytes at byte {start:,} does not end at byte "
+            f"{end:,}, or has more than {MAX_RECORDS:,} entries or {MAX_DIRECTORY_BYTES:,} bytes",
+        )
+    if not count:
+        raise ContainerDefectError("unrecognised", "it is a zip archive with nothing in it")
+    return _Directory(start, end, count)
+
+
+def _no_end(source: Source) -> ContainerDefectError:
+    """What is wrong with a file that does not end as an archive: it goes on, or it was cut off."""
+    size = min(source.size, _END.size + 2**16)
+    tail = source.read_at(source.size - size, size, "the end of the archive")
+    at = tail.rfind(b"PK\x05\x06")
+    if 0 <= at <= len(tail) - _END.size:
+        *_, length, start, _ = _END.unpack_from(tail, at)
+        where = source.size - size + at
+        # With zip64, as torch writes it, its two records of 76 bytes lie between.
+        if start + length in (where, where - _LOCATOR.size - _END64.size):
+            extra = len(tail) - at - _END.size
+            return ContainerDefectError("damaged", f"{extra:,} bytes follow the end of the archive")
+    return ContainerDefectError(
+        "truncated", f"the file ends after {source.size:,} bytes without the archive's directory: it was cut off"
+    )
+
+
+def _read_directory(source: Source, directory: _Directory) -> list[_Entry]:
+    raw = source.read_at(directory.start, directory.end - directory.start, "the archive's directory")
+    entries, at = [], 0
+    for _ in range(directory.entries):
+        entry, at = _read_entry(raw, at)
+        entries.append(entry)
+    if at != len(raw):
+        raise ContainerDefectError("damaged", f"the archive's directory has {len(raw) - at:,} bytes too many")
+    _check_names(entries)
+    return entries
+
+
+def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
+    if len(raw) - at < _CENTRAL.size:
+        raise ContainerDefectError("damaged", "the archive's directory ends in the middle of an entry")
+    (
+        magic, _, _, flags, method, _, _, crc32, compressed, size,
+        name_length, extra_length, comment_length, disk, _, external, offset,
+    ) = _CENTRAL.unpack_from(raw, at)  # fmt: skip
+    start = at + _CENTRAL.size
+    extra_start = start + name_length
+    end = extra_start + extra_length
+    raw_name = raw[start:extra_start]
+    if magic != b"PK\x01\x02" or not 0 < name_length <= MAX_NAME_BYTES or end > len(raw):
+        raise ContainerDefectError("damaged", f"the archive's directory has no entry at byte {at:,} of it")
+    try:
+        name = raw_name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ContainerDefectError("damaged", "a record's name in the archive's directory is not UTF-8") from None
+    if size == _WIDE or compressed == _WIDE or offset == _WIDE:
+        size, compressed, offset = _zip64_values(raw[extra_start:end], size, compressed, offset)
+    if method != 0 or compressed != size:
+        raise ContainerDefectError(
+            "damaged", f"it is compressed (method {method}); torch stores records as they are", _short(name)
+        )
+    if disk or comment_length or external & _IS_FOLDER:
+        raise ContainerDefectError(
+            "damaged", "it is said to be a folder, to have a comment or to lie elsewhere", _short(name)
+        )
+    if flags & ~_ALLOWED_FLAGS:
+        raise ContainerDefectError(
+            "damaged", f"it has flags 0x{flags:04x}: encrypted, or not written by torch", _short(name)
+        )
+    return _Entry(name, raw_name, size, crc32, offset, flags), end
+
+
+def _zip64_values(extra: bytes, *values: int) -> list[int]:
+    """The values with each 0xFFFFFFFF replaced by its 64-bit form from the zip64 extra field (APPNOTE 4.5.3)."""
+    if _WIDE not in values:
+        return list(values)
+    wide: list[int] = []
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == _ZIP64_EXTRA:
+            wide = list(struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4))
+            break
+        at += 4 + length
+    if values.count(_WIDE) > len(wide):
+        raise ContainerDefectError("damaged", "an entry of the archive's directory lacks its zip64 sizes")
+    return [wide.pop(0) if v == _WIDE else v for v in values]
+
+
+def _check_names(entries: list[_Entry]) -> None:
+    seen: set[str] = set()
+    prefix = entries[0].name.partition("/")[0] + "/"
+    for entry in entries:
+        name = entry.name
+        # torch looks names up without regard to case and takes one of several by chance of its search.
+        key = name.lower()
+        if key in seen:
+            raise ContainerDefectError("damaged", "it is in the archive more than once", entry.short)
+        seen.add(key)
+        if not name.startswith(prefix) or "\\" in name or "\0" in name or not _LEADING_AWAY.isdisjoint(name.split("/")):
+            raise ContainerDefectError("damaged", f"record {name!r} does not lie in the archive's one folder")
+
+
+_LEADING_AWAY = frozenset(("", ".", ".."))
+"""What no part of a record's path may be."""
