@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from enstack_lightning.checkpoint.facts import Facts, ManifestFacts
@@ -31,7 +31,7 @@ class Coverage:
         files: how many files the checkpoint has.
         total_bytes: their size together.
         bytes_not_read: bytes of tensor data that were not read.
-        bytes_not_checkable: bytes that no checksum and no manifest's digest was compared with, or could be.
+        bytes_not_checkable: bytes that have no checksum and were not compared with a manifest's digest.
         not_checkable: the files that these lie in, each with its bytes.
         manifest: the manifest beside the checkpoint; None when there is none.
     """
@@ -60,7 +60,7 @@ class Report:
     findings: tuple[Finding, ...]
     resume: ResumePlan | None
     elapsed_seconds: float
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
 
     @property
     def verdict(self) -> Verdict:
@@ -79,21 +79,18 @@ class Report:
     def coverage(self) -> Coverage:
         """How much was looked at, and how much was not."""
         facts = self.facts
-        bare = tuple((f.name, f.without_checksum) for f in facts.files if f.without_checksum)
+        manifest = facts.manifest
+        compared = manifest is not None and manifest.compared == "digests" and not manifest.defect
+        bare = () if compared else tuple((f.name, f.without_checksum) for f in facts.files if f.without_checksum)
         return Coverage(
             deep=self.options.deep,
             files=len(facts.files),
             total_bytes=sum(f.size for f in facts.files),
             bytes_not_read=0 if self.options.deep else sum(f.not_read + f.without_checksum for f in facts.files),
-            bytes_not_checkable=0 if self._digests_agree else sum(size for _, size in bare),
-            not_checkable=() if self._digests_agree else bare,
-            manifest=facts.manifest,
+            bytes_not_checkable=sum(size for _, size in bare),
+            not_checkable=bare,
+            manifest=manifest,
         )
-
-    @property
-    def _digests_agree(self) -> bool:
-        m = self.facts.manifest
-        return m is not None and m.compared == "digests" and not m.defect and not m.differences
 
     def count(self, severity: Severity) -> int:
         return sum(1 for f in self.findings if f.severity is severity)

@@ -3,69 +3,277 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from enstack_lightning.checkpoint import (
+    RULES,
     Options,
     Report,
-    find_checkpoints,
+    checkpoints_at,
     newest_good,
-    to_json,
-    to_table,
     to_text,
     verify_checkpoint,
 )
-from enstack_lightning.checkpoint.location import LocalLocation
-from enstack_lightning.checkpoint.readers import is_enstack_folder
+from enstack_lightning.checkpoint.rendering.plain import printable
+from enstack_lightning.checkpoint.rendering.text import Tally, to_brief, to_line
+from enstack_lightning.cli.output import Output, OutputError, output_to
+from enstack_lightning.cli.progress import ProgressLine, wants_progress
+from enstack_lightning.errors import CheckpointError
+
+EXIT_FAILED = 1
+EXIT_WRONG_CALL = 2
+PROGRESS_FROM = 10
+"""From so many checkpoints on a terminal shows how far the verification is; with `--deep` it always does."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The checkpoints of one call and what is wanted of them.
+
+    Attributes:
+        one: the user named a single checkpoint: it is reported on in full.
+    """
+
+    paths: Sequence[str]
+    options: Options
+    strict: bool
+    progress: ProgressLine | None
+
+    @property
+    def one(self) -> bool:
+        return len(self.paths) == 1
+
+    def reports(self) -> Iterator[Report]:
+        """The report on each checkpoint, as soon as it is done."""
+        for path in self.paths:
+            report = verify_checkpoint(path, self.options, self.progress.read if self.progress else None)
+            if self.progress:
+                self.progress.advance()
+                self.progress.clear()
+            yield report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `enstack verify` and returns 0 when every checkpoint may be used, 1 when one may not."""
+    """Runs `enstack verify`: 0 when every checkpoint may be used, 1 when one may not, 2 for a wrong call."""
     arguments = _parser().parse_args(argv[1:])
-    options = Options(purpose=arguments.purpose, tolerance=arguments.tolerance)
-    paths = [checkpoint for path in arguments.paths for checkpoint in _checkpoints_at(path)]
-    reports = [verify_checkpoint(path, options) for path in paths]
-    text = _render(reports, arguments.format)
-    if arguments.output is None:
-        print(text)
-    else:
+    try:
+        options = _options(arguments)
+    except WrongCallError as e:
+        return _wrong_call(str(e))
+    try:
+        with output_to(arguments.output) as output:
+            paths = list(dict.fromkeys(_checkpoints_at(arguments.paths)))
+            batch = Batch(paths, options, arguments.strict, _progress(paths, arguments))
+            try:
+                return 0 if _WRITERS[arguments.format](batch, output, arguments) else EXIT_FAILED
+            finally:
+                if batch.progress:
+                    batch.progress.clear()
+    except OutputError as e:
+        if arguments.output is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it would fail again
+        return _wrong_call(str(e))
+
+
+class WrongCallError(Exception):
+    """The command line asks for what cannot be done."""
+
+
+def _wrong_call(message: str) -> int:
+    print(f"enstack verify: {printable(message)}", file=sys.stderr)
+    return EXIT_WRONG_CALL
+
+
+def _checkpoints_at(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
         try:
-            Path(arguments.output).write_text(text + "\n", encoding="utf-8")
-        except OSError as e:
-            print(f"enstack verify: {arguments.output} cannot be written: {e.strerror}", file=sys.stderr)
-            return 2
-    return 0 if all(r.accepted(arguments.strict) for r in reports) else 1
+            yield from checkpoints_at([path])
+        except (CheckpointError, OSError, ValueError):  # the verification says what is wrong with it
+            yield path
 
 
-def _checkpoints_at(path: str) -> list[str]:
-    """The checkpoint itself, or every checkpoint in a folder of them."""
-    folder = Path(path)
-    if folder.is_dir() and not is_enstack_folder(LocalLocation(folder)):
-        return [str(p) for p in find_checkpoints(folder)] or [path]
-    return [path]
+def _progress(paths: Sequence[str], arguments: argparse.Namespace) -> ProgressLine | None:
+    if arguments.quiet or not (arguments.deep or len(paths) >= PROGRESS_FROM) or not wants_progress():
+        return None
+    return ProgressLine(len(paths), sum(map(_size_of, paths)) if arguments.deep else 0)
 
 
-def _render(reports: list[Report], form: str) -> str:
-    best = newest_good(reports)
-    if form == "json":
-        return to_json(reports, best.path if best else None)
-    if len(reports) == 1:
-        return to_text(reports[0])
-    return to_table(reports, best)
+def _size_of(path: str) -> int:
+    """Bytes on disk of a file or a folder's files; 0 for what stands elsewhere."""
+    try:
+        if not Path(path).is_dir():
+            return Path(path).stat().st_size
+        return sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
+    except (OSError, ValueError):
+        return 0
+
+
+# The forms. Each writes the reports and says whether all of them are accepted.
+
+
+def _write_text(batch: Batch, output: Output, arguments: argparse.Namespace) -> bool:
+    style, accepted, tally = output.style, True, Tally()
+    width = max(len(style.line(path)) for path in batch.paths)
+
+    def written() -> Iterator[Report]:
+        nonlocal accepted
+        for report in batch.reports():
+            if arguments.quiet:
+                text = to_brief(report, style)
+            elif batch.one or arguments.verbose:
+                text = to_text(report, style, verbose=arguments.verbose, strict=batch.strict)
+                text += "" if batch.one else "\n"
+            else:
+                text = to_line(report, style, width)
+            output.write(text)
+            tally.add(report)
+            accepted = accepted and report.accepted(batch.strict)
+            if report.accepted(batch.strict):
+                yield report
+
+    best = newest_good(written())
+    if not batch.one and not arguments.quiet:
+        closing = tally.closing(best, batch.options.purpose, style)
+        output.write(closing.lstrip("\n") if arguments.verbose else closing)
+    return accepted
+
+
+def _write_json(batch: Batch, output: Output, arguments: argparse.Namespace) -> bool:
+    from enstack_lightning.checkpoint.rendering.json import checkpoint_object, document
+
+    objects, best, accepted = _collected(batch, checkpoint_object)
+    output.write(document(objects, best))
+    return accepted
+
+
+def _write_sarif(batch: Batch, output: Output, arguments: argparse.Namespace) -> bool:
+    from enstack_lightning.checkpoint.rendering.sarif import CheckpointResults, log, results_of
+
+    results: list[CheckpointResults]
+    results, _, accepted = _collected(batch, results_of)
+    output.write(log(results))
+    return accepted
+
+
+def _write_html(batch: Batch, output: Output, arguments: argparse.Namespace) -> bool:
+    from enstack_lightning.checkpoint.rendering.html import CheckpointPart, page, part_of
+
+    parts: list[CheckpointPart]
+    parts, best, accepted = _collected(batch, part_of)
+    output.write(page(parts, best))
+    return accepted
+
+
+def _collected(batch: Batch, made_of: Callable[[Report], Any]) -> tuple[list[Any], str | None, bool]:
+    """What is made of each report, the path of the newest good one, and whether all are accepted."""
+    made: list[Any] = []
+    accepted = True
+
+    def seen() -> Iterator[Report]:
+        nonlocal accepted
+        for report in batch.reports():
+            made.append(made_of(report))
+            accepted = accepted and report.accepted(batch.strict)
+            if report.accepted(batch.strict):
+                yield report
+
+    best = newest_good(seen())
+    return made, best.path if best else None, accepted
+
+
+_WRITERS: dict[str, Callable[[Batch, Output, argparse.Namespace], bool]] = {
+    "text": _write_text,
+    "json": _write_json,
+    "sarif": _write_sarif,
+    "html": _write_html,
+}
+
+
+# The options.
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """What the command line and the run's configuration ask for.
+
+    Raises:
+        WrongCallError: they ask for what is not there.
+    """
+    options = Options(
+        purpose=arguments.purpose,
+        tolerance=arguments.tolerance,
+        deep=arguments.deep,
+        select=_codes("--select", arguments.select),
+        ignore=_codes("--ignore", arguments.ignore),
+        allow_globals=frozenset(arguments.allow_global),
+    )
+    if arguments.config is None:
+        return options
+    config = _run_config(Path(arguments.config))
+    vouched = options.allow_globals | frozenset(_vouched_in(config))
+    return dataclasses.replace(options, run_config=config, allow_globals=vouched)
+
+
+def _codes(option: str, given: Sequence[str]) -> tuple[str, ...]:
+    codes = tuple(code for text in given for part in text.split(",") if (code := part.strip().upper()))
+    for code in codes:
+        if not any(known.startswith(code) for known in RULES):
+            raise WrongCallError(f"{option} {code}: no rule's code begins so; there are {', '.join(sorted(RULES))}")
+    return codes
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise WrongCallError(f"--config {path} cannot be read: {e.strerror or e}") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        mark = getattr(e, "problem_mark", None)
+        place = "" if mark is None else f" (line {mark.line + 1:,})"
+        raise WrongCallError(f"--config {path} is no YAML{place}: {getattr(e, 'problem', None) or e}") from e
+    if not isinstance(config, dict):
+        raise WrongCallError(f"--config {path} holds no run: it must be a mapping with trainer, model and data")
+    return config
+
+
+def _vouched_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """The classes that the run's own `CheckpointGuard` is told to allow."""
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+    entries = callbacks if isinstance(callbacks, list) else [callbacks]
+    guards = [
+        entry.get("init_args")
+        for entry in entries
+        if isinstance(entry, Mapping) and str(entry.get("class_path")).endswith("CheckpointGuard")
+    ]
+    for guard in [*guards, config.get("checkpoint_guard")]:
+        names = guard.get("allow_globals") if isinstance(guard, Mapping) else None
+        for name in [names] if isinstance(names, str) else names or ():
+            try:
+                yield _dotted(name if isinstance(name, str) else str(name))
+            except argparse.ArgumentTypeError as e:
+                raise WrongCallError(f"--config: allow_globals: {e}") from e
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="enstack verify",
-        description="Checks Lightning .ckpt files and EnStack folders. Nothing in them is executed and torch is not "
-        "imported. A folder of checkpoints gives one line each and names the newest good one.",
+        description="Checks checkpoints of Lightning, transformers, torch.distributed.checkpoint and EnStack, and "
+        "torch and safetensors files. Nothing in them is executed and torch is not imported. A folder of checkpoints "
+        "gives one line each and names the newest good one.",
         epilog="Exit status: 0 pass (warnings allowed), 1 fail (any error; with --strict any warning), 2 wrong call.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint, or folder of checkpoints")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint, folder of checkpoints, pattern or URL")
+    parser.add_argument("--deep", action="store_true", help="read every byte: compare checksums, find NaN and infinity")
     parser.add_argument("--strict", action="store_true", help="warnings fail the verification too")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the report")
+    parser.add_argument("--format", choices=tuple(_WRITERS), default="text", help="form of the report")
     parser.add_argument("--output", metavar="FILE", help="write the report to a file")
     parser.add_argument(
         "--for",
@@ -81,10 +289,36 @@ def _parser() -> argparse.ArgumentParser:
         help="optimizer steps that may differ from the expected (default: 0 where the checkpoint has exact counters, "
         "else max(20, batches per epoch // 10))",
     )
+    parser.add_argument(
+        "--select",
+        action="append",
+        default=[],
+        metavar="CODES",
+        help="apply only these rules: codes or their beginnings, with commas (CK4,CK501); `enstack rules` lists them",
+    )
+    parser.add_argument("--ignore", action="append", default=[], metavar="CODES", help="leave these rules out")
+    parser.add_argument("--config", metavar="RUN.yaml", help="compare with the run that is to resume (CK9xx)")
+    parser.add_argument(
+        "--allow-global",
+        action="append",
+        default=[],
+        type=_dotted,
+        metavar="MODULE.NAME",
+        help="vouch for a class of your own that the checkpoint names; repeatable",
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("-q", "--quiet", action="store_true", help="verdict and path only")
+    amount.add_argument("-v", "--verbose", action="store_true", help="list every rule that passed")
     return parser
 
 
 def _whole_number(text: str) -> int:
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
     return int(text)
+
+
+def _dotted(text: str) -> str:
+    if "." not in text or not all(part and not part[0].isspace() for part in text.split(".")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no MODULE.NAME")
+    return text

@@ -1,4 +1,4 @@
-"""What the forms of a report share: names made safe to show, sizes, the sections, and the sentences on what was seen."""
+"""What the forms of a report share: names made safe to show, sizes, sections, and sentences on what was seen."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ def size(count: int) -> str:
     """Bytes as a person reads them: 1,446 MB, 12.45 MB, 812 bytes."""
     if count < 10_000:
         return f"{count:,} bytes"
+    if count < 1_000_000:
+        return f"{count / 1e3:,.0f} kB"
     return f"{count / 1e6:,.0f} MB" if count >= 100e6 else f"{count / 1e6:,.2f} MB"
 
 
@@ -112,7 +114,8 @@ def verdict_sentence(report: Report, strict: bool = False) -> str:
     if report.verdict is Verdict.WARN:
         if strict:
             return f"Checkpoint is refused under --strict: {_many(warnings, 'warning')}."
-        return f"Checkpoint can be used to {use}; look at the {_many(warnings, 'warning')} first."
+        first = "warning" if warnings == 1 else f"{warnings:,} warnings"
+        return f"Checkpoint can be used to {use}; look at the {first} first."
     if report.options.select or report.options.ignore:
         return "Nothing that was checked is wrong; --select and --ignore left rules out."
     if report.options.purpose == "inference":
@@ -124,8 +127,10 @@ def verdict_sentence(report: Report, strict: bool = False) -> str:
 
 def resume_sentence(report: Report) -> str | None:
     """What resuming will do; None where it is not wanted or must not be done."""
-    if report.resume is None or report.verdict is Verdict.FAIL or report.options.purpose == "inference":
+    if report.verdict is Verdict.FAIL or report.options.purpose == "inference":
         return None
+    if report.resume is None:
+        return "the checkpoint does not say how far training had come"
     return report.resume.sentence
 
 
@@ -135,21 +140,19 @@ def not_seen(report: Report) -> Iterator[tuple[str, str]]:
     if coverage.bytes_not_read:
         yield "not read", f"{size(coverage.bytes_not_read)} of tensor data; --deep reads it"
     if coverage.not_checkable:
-        files = [f"{name}, {size(count)} without a checksum" for name, count in coverage.not_checkable]
-        rest = len(files) - MAX_FILES_NAMED
-        more = f"; and {_many(rest, 'more file')}" if rest > 0 else ""
-        yield "not checkable", f"{_lacking(report)}: {'; '.join(files[:MAX_FILES_NAMED])}{more}"
+        named = [
+            f"{name}, {size(count)} without a checksum" for name, count in coverage.not_checkable[:MAX_FILES_NAMED]
+        ]
+        rest = len(coverage.not_checkable) - len(named)
+        files = "; ".join([*named, f"and {_many(rest, 'more file')}"] if rest else named)
+        if coverage.manifest is None or coverage.manifest.defect:
+            yield "not checkable", f"without a manifest: {files}"
+        else:
+            yield "not compared", f"with the manifest's digests, which --deep does: {files}"
     if options.select:
         yield "not judged", f"what --select {','.join(options.select)} leaves out"
     if options.ignore:
         yield "not judged", f"what --ignore {','.join(options.ignore)} leaves out"
-
-
-def _lacking(report: Report) -> str:
-    manifest = report.facts.manifest
-    if manifest is None or manifest.defect:
-        return "without a manifest"
-    return "its bytes are not those of its manifest" if report.options.deep else "without --deep, by its manifest"
 
 
 def silence_of(section: Section, report: Report) -> str:

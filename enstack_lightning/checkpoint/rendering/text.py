@@ -109,7 +109,8 @@ def _state(findings: Sequence[Finding], section: Section, report: Report, style:
 
 def _in_short(passed: Sequence[Finding]) -> str:
     """As many of the messages as fit into a line, and how many more there are."""
-    said, length = [], 0
+    said: list[str] = []
+    length = 0
     for finding in passed:
         if said and length + len(finding.message) > LINE:
             break
@@ -130,7 +131,7 @@ def to_line(report: Report, style: Style = PLAIN, width: int = 0) -> str:
         more = f" (and {len(said) - 1:,} more)" if len(said) > 1 else ""
         code, message = said[0].code, shown(said[0].message) + more
     else:
-        code, message = "", resume_sentence(report) or verdict_sentence(report)
+        code, message = "", (resume_sentence(report) if report.resume else None) or verdict_sentence(report)
     path = style.line(report.path)
     return f"{style.paint(report.verdict.upper(), 4)}  {path:{width}}  {code:5}  {style.line(message)}".rstrip()
 

@@ -1,0 +1,92 @@
+"""Where a report goes: standard output as it can show it, or a file that is there only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from enstack_lightning.checkpoint.rendering.text import PLAIN, Style
+from enstack_lightning.errors import EnStackError
+
+
+class OutputError(EnStackError):
+    """A report cannot be written where it was wanted."""
+
+
+class Output:
+    """Text that goes to one place, line by line."""
+
+    def __init__(self, stream: IO[str] | None, name: str, style: Style = PLAIN) -> None:
+        self._stream, self._name, self.style = stream, name, style
+
+    def write(self, text: str) -> None:
+        """Writes the text and a line's end, so that whoever reads along has it at once.
+
+        Raises:
+            BrokenPipeError: the reader has gone.
+            OutputError: the disk is full, or the like.
+        """
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(text.encode("ascii", "backslashreplace").decode() + "\n" if self._ascii else text + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise OutputError(f"{self._name} cannot be written: {e.strerror}") from e
+
+    @property
+    def _ascii(self) -> bool:
+        return not _is_utf8(self._stream)
+
+
+@contextlib.contextmanager
+def output_to(path: str | None) -> Iterator[Output]:
+    """The output: standard output, or the file at `path`, which appears when all of it is written.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if path is None:
+        yield Output(sys.stdout, "standard output", style_of(sys.stdout))
+        return
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise OutputError(f"{path} cannot be written: it is a folder")
+        if target.exists() and not target.is_file():  # a device or a pipe, which nothing must replace
+            with target.open("w", encoding="utf-8") as stream:
+                yield Output(stream, path)
+            return
+        target = target.resolve()
+        part = target.with_name(f".{target.name[:200]}.{os.getpid()}.part")
+        stream = part.open("x", encoding="utf-8")
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written: {e.strerror or e}") from e
+    try:
+        with stream:
+            yield Output(stream, path)
+        part.replace(target)
+    except OSError as e:
+        raise OutputError(f"{path} cannot be written: {e.strerror or e}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def style_of(stream: IO[str] | None) -> Style:
+    """How text on a stream may look: colour and characters beyond ASCII are for terminals.
+
+    `NO_COLOR` takes colour away, `FORCE_COLOR` gives it anywhere (https://no-color.org, https://force-color.org).
+    """
+    terminal = stream is not None and stream.isatty()
+    colour = bool(os.environ.get("FORCE_COLOR")) or (terminal and os.environ.get("TERM") != "dumb")
+    return Style(colour=colour and not os.environ.get("NO_COLOR"), unicode=terminal and _is_utf8(stream))
+
+
+def _is_utf8(stream: IO[str] | None) -> bool:
+    return (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "").replace("_", "") == "utf8"
