@@ -321,10 +321,13 @@ def _digest_of(file: Location, progress: Progress | None) -> str:
 
 def _blocks(source: Source) -> Iterator[memoryview | bytes]:
     """The bytes of a source, block by block; the next block is read while the caller works on this one."""
+    if source.size <= BLOCK_BYTES:
+        yield source.read_at(0, source.size)
+        return
     from concurrent.futures import ThreadPoolExecutor
 
     starts = range(0, source.size, BLOCK_BYTES)
-    buffers = [bytearray(min(BLOCK_BYTES, source.size)) for _ in range(2)]
+    buffers = [bytearray(BLOCK_BYTES) for _ in range(2)]
 
     def read(index: int) -> memoryview | bytes:
         start = starts[index]
@@ -338,12 +341,11 @@ def _blocks(source: Source) -> Iterator[memoryview | bytes]:
         return block
 
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read, 0) if starts else None
-        for index in range(len(starts)):
-            assert coming is not None
-            block = coming.result()
-            coming = ahead.submit(read, index + 1) if index + 1 < len(starts) else None
+        coming = ahead.submit(read, 0)
+        for index in range(1, len(starts)):
+            block, coming = coming.result(), ahead.submit(read, index)
             yield block
+        yield coming.result()
 
 
 # The manifest's own file

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.deep import NamedTensor, Role, Span
@@ -27,6 +28,7 @@ MAX_TENSORS = 200_000
 MAX_VALUES = 2_000_000
 """Numbers and names in one header; the largest published models have some 100,000 tensors in all their shards."""
 
+MAX_DIMENSIONS = 1_000
 MAX_NAME_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**20
 
@@ -130,6 +132,7 @@ def spans(header: SafetensorsHeader, where: str = "", role_of: Callable[[str], R
 
 
 def _named(tensor: SafetensorsTensor, role: Role) -> NamedTensor:
+    """As contiguous as the format has all tensors."""
     stride, step = [], 1
     for n in reversed(tensor.shape):
         stride.append(step)
@@ -149,7 +152,7 @@ class _Entry(NamedTuple):
 
 def _placed(entries: list[_Entry], begin: int) -> tuple[SafetensorsTensor, ...]:
     """The tensors in the order of their bytes, which fill the buffer without holes and without overlaps."""
-    entries.sort(key=lambda e: e[:2])
+    entries.sort(key=itemgetter(0, 1))
     tensors, end = [], 0
     for entry in entries:
         if entry.begin != end:
@@ -200,6 +203,12 @@ _FIELD = re.compile(
     _WS + _TEXT + _WS + rb":" + _WS + rb"(?:" + _TEXT + rb"|\[" + _WS
     + rb"((?:" + _NUMBER + _WS + rb"(?:," + _WS + _NUMBER + _WS + rb")*+)?+)\])" + _WS + rb"([,}])"
 )  # fmt: skip
+_USUAL_ENTRY = re.compile(
+    rb'"dtype":"([A-Z0-9_]++)","shape":\[((?:' + _NUMBER + rb"(?:," + _NUMBER + rb')*+)?+)\],"data_offsets":\[('
+    + _NUMBER + rb"," + _NUMBER + rb")\]\}"
+)  # fmt: skip
+"""A description as the reference writer has it, in one go."""
+
 _PAIR = re.compile(_WS + _TEXT + _WS + rb":" + _WS + _TEXT + _WS + rb"([,}])")
 _AFTER = re.compile(_WS + rb"([,}])")
 _BLANK = re.compile(_WS)
@@ -218,9 +227,12 @@ class _Scanner:
         raw = self._raw
         if raw[:1] != b"{":
             raise _damaged("the header does not begin with '{'")
-        values = raw.count(b",") + 1
-        if values > MAX_VALUES:
-            raise _damaged(f"the header lists {values:,} values; no checkpoint needs more than {MAX_VALUES:,}")
+        values, escapes = raw.count(b",") + 1, raw.count(b"\\")
+        if values > MAX_VALUES or escapes > MAX_VALUES:
+            raise _damaged(
+                f"the header has {values:,} values and {escapes:,} escapes in its texts; "
+                f"no checkpoint needs more than {MAX_VALUES:,}"
+            )
         entries: dict[str, _Entry] = {}
         metadata: dict[str, str] | None = None
         self._at = 1
@@ -248,11 +260,15 @@ class _Scanner:
         return list(entries.values()), metadata or {}
 
     def _entry(self, name: str) -> _Entry:
+        usual = _USUAL_ENTRY.match(self._raw, self._at)
+        if usual is not None:
+            self._at = usual.end()
+            return _entry_of(name, usual[1].decode("ascii"), usual[2], usual[3])
         found: dict[str, bytes] = {}
         is_list: dict[str, bool] = {}
         more = True
         while more:
-            match = self._match(_FIELD, f"{', '.join(_FIELDS[:2])} or {_FIELDS[2]} of tensor {shown(name)}")
+            match = self._match(_FIELD, "dtype, shape or data_offsets of a tensor")
             key = self._text(match[1], MAX_NAME_BYTES)
             if key in found or key not in _FIELDS:
                 what = "twice" if key in found else "as well"
@@ -266,12 +282,7 @@ class _Scanner:
             )
         if is_list != {"dtype": False, "shape": True, "data_offsets": True}:
             raise _damaged(f"the description of tensor {shown(name)} has a field of the wrong type")
-        shape, offsets = _numbers(found["shape"]), _numbers(found["data_offsets"])
-        if len(offsets) != 2 or max(offsets) >= 2**64 or max(shape, default=0) >= 2**64:
-            raise _damaged(
-                f"tensor {shown(name)} has shape {_shown_shape(shape)} and data_offsets {_shown_shape(offsets)}"
-            )
-        return _Entry(offsets[0], offsets[1], name, self._text(found["dtype"], MAX_NAME_BYTES), shape)
+        return _entry_of(name, self._text(found["dtype"], MAX_NAME_BYTES), found["shape"], found["data_offsets"])
 
     def _metadata(self) -> dict[str, str]:
         metadata: dict[str, str] = {}
@@ -315,8 +326,15 @@ class _Scanner:
         return text
 
 
-def _numbers(raw: bytes) -> tuple[int, ...]:
-    return tuple(map(int, raw.split(b","))) if raw else ()
+def _entry_of(name: str, dtype: str, shape_text: bytes, offsets_text: bytes) -> _Entry:
+    dimensions = shape_text.count(b",") + 1
+    if dimensions > MAX_DIMENSIONS:
+        raise _damaged(f"tensor {shown(name)} has {dimensions:,} dimensions; the limit is {MAX_DIMENSIONS:,}")
+    shape = tuple(map(int, shape_text.split(b","))) if shape_text else ()
+    offsets = tuple(map(int, offsets_text.split(b","))) if offsets_text.count(b",") == 1 else ()
+    if len(offsets) != 2 or max(offsets) >= 2**64 or max(shape, default=0) >= 2**64:
+        raise _damaged(f"tensor {shown(name)} has shape {_shown_shape(shape)} and data_offsets {list(offsets)}")
+    return _Entry(offsets[0], offsets[1], name, dtype, shape)
 
 
 def _twice(name: str) -> ContainerDefectError:
