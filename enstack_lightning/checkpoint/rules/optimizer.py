@@ -1,12 +1,22 @@
-"""CK4xx: the optimizer has done as many steps as the counters say, for every parameter."""
+"""CK4xx: the optimizer has done as many steps as the counters say, for every parameter, and fits the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from enstack_lightning.checkpoint.facts import Facts, Format
-from enstack_lightning.checkpoint.rules.rule import Options, Outcome, error, passed, rule, warning
+from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts
+from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+
+SMALL_MISMATCH = 100
+"""A mismatch of up to this many steps is small: skipped steps and other harmless causes are of this size."""
+
+MAX_ACCUMULATION = 128
+
+_OTHER_CHECKPOINT = "Use another checkpoint of this run."
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ def expected_steps(facts: Facts, options: Options) -> ExpectedSteps | None:
     """
     p = facts.progress
     if p.optimizer_steps is not None:
-        return ExpectedSteps(p.optimizer_steps, options.tolerance or 0, "the loop's counter")
+        counter = "global_step" if facts.format is Format.HUGGINGFACE else "the loop's counter"
+        return ExpectedSteps(p.optimizer_steps, options.tolerance or 0, counter)
     batches = facts.batches_per_epoch
     if not batches or p.epochs_completed is None:
         return None
@@ -36,7 +47,21 @@ def expected_steps(facts: Facts, options: Options) -> ExpectedSteps | None:
     return ExpectedSteps(p.epochs_completed * batches + in_epoch, tolerance, reckoning)
 
 
-@rule("CK401", "optimizer-step-mismatch")
+def scales_losses(facts: Facts) -> bool:
+    """Whether a gradient scaler's state is in the checkpoint: float16 training, which skips steps on overflow."""
+    return (
+        facts.fields.get("MixedPrecision") in ("dict", "OrderedDict")
+        or facts.fields.get("scaler_state_dict") in ("dict", "OrderedDict")
+        or any(file.name == "scaler.pt" for file in facts.files)
+    )
+
+
+@rule(
+    "CK401",
+    "optimizer-step-mismatch",
+    compares="the steps in the optimizers' states with the loop's counter, or with epochs x batches",
+    source="torch.optim; lightning/pytorch/loops; EnStack's trainer",
+)
 def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The steps that the optimizer itself counted differ from what the checkpoint's counters say.
 
@@ -44,51 +69,127 @@ def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]
     counts them all), with the loop's counter of optimizer steps, which is exact; with `epoch`, `step` and
     `total_batches` where there is no such counter, within a tolerance of `max(20, batches // 10)` or `--tolerance`.
 
-    An optimizer that is ahead of Lightning's counter is an error: it was trained further than the run knows. One that
-    is behind is a warning, because steps are honestly skipped (GradScaler on overflow, `training_step` returning None).
+    An optimizer that is ahead of an exact counter is an error: it was trained further than the run knows. One that is
+    behind is a warning, because steps are honestly skipped (`training_step` returning None). With a gradient scaler
+    in the checkpoint a few steps fewer, up to the usual tolerance, are what float16 training does, and no warning.
     """
+    optimizers = facts.optimizers or ()
     expected = expected_steps(facts, options)
-    steps = [o.most_steps for o in facts.optimizers or () if o.most_steps is not None]
-    if expected is None or not steps or len(steps) != len(facts.optimizers or ()):
+    steps = [o.most_steps for o in optimizers if o.most_steps is not None]
+    if expected is None or not steps:
         return
     actual = sum(steps)
     difference = actual - expected.steps
-    if abs(difference) <= expected.tolerance:
+    size = abs(difference)
+    if len(steps) != len(optimizers) and difference <= 0:
+        return  # what the others did is not counted anywhere
+    if size <= expected.tolerance:
         yield passed(
-            f"optimizer steps {actual:,}, expected {expected.steps:,} ({expected.reckoning}): difference "
-            f"{abs(difference):,}, tolerance {expected.tolerance:,}"
+            f"optimizer steps {actual:,}, expected {expected.steps:,} ({expected.reckoning}): difference {size:,}, "
+            f"tolerance {expected.tolerance:,}"
         )
         return
     message = (
-        f"optimizer steps {actual:,}, expected {expected.steps:,} ({expected.reckoning}): {abs(difference):,} "
+        f"optimizer steps {actual:,}, expected {expected.steps:,} ({expected.reckoning}): {size:,} "
         f"{'more' if difference > 0 else 'fewer'} than expected, tolerance {expected.tolerance:,}"
     )
     exact = facts.progress.optimizer_steps is not None
-    judged = error if exact and difference > 0 else warning
-    yield judged(message, "optimizer", _diagnosis(actual, expected.steps, facts))
+    if exact and difference < 0 and actual and scales_losses(facts) and size <= max(20, expected.steps // 50):
+        yield info(message, "optimizer", "The gradient scaler skips a step on overflow: expected in float16 training.")
+        return
+    hint = f"{_diagnosis(actual, expected.steps, facts)} {_size_of(size)}"
+    yield (error if exact and difference > 0 else warning)(message, "optimizer", hint)
+
+
+def _size_of(mismatch: int) -> str:
+    if mismatch <= SMALL_MISMATCH:
+        return f"Small mismatch ({mismatch:,} steps): usually harmless if that is the cause."
+    return f"Large mismatch ({mismatch:,} steps): the checkpoint may be inconsistent, consider an earlier one."
 
 
 def _diagnosis(actual: int, expected: int, facts: Facts) -> str:
     """The likeliest cause, told from the numbers."""
+    exact = facts.progress.optimizer_steps is not None
     if actual > expected:
+        if not exact:
+            return (
+                "The optimizer was trained further than the counters say: they are of two saves, or an epoch had more "
+                "batches than total_batches when it was trained."
+            )
         return "The optimizer was trained further than the counters say: the checkpoint is put together from two saves."
-    if facts.format is Format.ENSTACK:
-        for k in range(2, 129):
-            if actual and abs(actual * k - expected) <= k + expected // 100:
-                return f"Gradient accumulation over {k} batches would explain it ({actual:,} x {k} = {actual * k:,})."
-    if actual == 0 or actual <= expected // 2:
-        return "The optimizer looks fresh under an old counter: its state was reset or lost; use an earlier checkpoint."
+    anew = ""
+    if epochs := _whole_epochs(actual, facts):
+        anew = (
+            f"The optimizer has the steps of the last {epochs} and no more, as if it was made anew when the run was "
+            "resumed; use an earlier checkpoint."
+        )
+    if not exact and (k := _accumulation(actual, expected, facts)):
+        said = f"Gradient accumulation over {k} batches would explain it ({actual:,} x {k} = {actual * k:,})."
+        return f"{said} Else: {anew}" if anew else said
+    if anew:
+        return anew
+    if actual <= expected // 2:
+        missing = _optimizers_missing(actual, expected, facts)
+        return missing or (
+            "The optimizer looks fresh under an old counter: its state was reset or lost; use an earlier checkpoint."
+        )
+    if scales_losses(facts):
+        return "Steps that the gradient scaler skipped on overflow would explain it."
     return "Steps skipped on overflow (GradScaler) or batches without a loss would explain it; else use an earlier one."
 
 
-@rule("CK402", "optimizer-state-missing")
+def _accumulation(actual: int, expected: int, facts: Facts) -> int | None:
+    """The number of batches a step that gives `actual` of `expected`, whatever becomes of an epoch's last batches."""
+    if actual <= 0:
+        return None
+    batches, epochs = facts.batches_per_epoch or 0, facts.progress.epochs_completed or 0
+    rest = facts.progress.batches_in_epoch or 0
+    for k in range(2, MAX_ACCUMULATION + 1):
+        whole = epochs * math.ceil(batches / k) + rest // k
+        if actual == whole or abs(actual * k - expected) <= k + expected // 100:
+            return k
+    return None
+
+
+def _whole_epochs(actual: int, facts: Facts) -> str | None:
+    """The last epochs whose steps these are, where the optimizer's steps are exactly those."""
+    p, batches = facts.progress, facts.batches_per_epoch
+    if not batches or actual <= 0 or not p.epochs_completed or p.batches_in_epoch is None:
+        return None
+    accumulation = facts.run.accumulate_grad_batches or 1
+    in_epoch = p.batches_in_epoch if (p.epochs_begun or 0) > p.epochs_completed else 0
+    inside, per_epoch = in_epoch // accumulation, math.ceil(batches / accumulation)
+    whole, odd = divmod(actual - inside, per_epoch)
+    if odd or not 0 <= whole < p.epochs_completed or actual == 0:
+        return None
+    epochs = f"{whole:,} epoch{'s' if whole != 1 else ''}"
+    return epochs if not in_epoch else f"{in_epoch:,} batches" if not whole else f"{epochs} and {in_epoch:,} batches"
+
+
+def _optimizers_missing(actual: int, expected: int, facts: Facts) -> str | None:
+    """Lightning counts the steps of all optimizers: a file that holds one of several has a whole fraction of them."""
+    held = len(facts.optimizers or ())
+    if facts.format is not Format.LIGHTNING or actual <= 0 or expected % actual or not 2 <= expected // actual <= 4:
+        return None
+    return (
+        f"The loop counted {expected // actual} x {actual:,} steps: with {expected // actual * held} optimizers the "
+        f"counter is right and {expected // actual * held - held} of them are missing here; else the state was reset."
+    )
+
+
+@rule(
+    "CK402",
+    "optimizer-state-missing",
+    compares="each optimizer's state with the steps done",
+    source="torch.optim: which optimizers keep state is told from their param groups",
+)
 def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An optimizer that keeps moments has none although steps were done, or the optimizers are missing altogether.
 
     SGD without momentum keeps no state, and that is healthy; Adam's `betas` or a `momentum` above 0 in the param groups
     tell an optimizer that does.
     """
-    if facts.optimizers is None or not facts.fields:
+    if facts.optimizers is None or not (facts.fields or facts.optimizers):
         return
     expected = expected_steps(facts, options)
     done = expected.steps if expected else 0
@@ -100,13 +201,13 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
         if not optimizer.groups and not optimizer.parameters_with_state:
             yield passed(f"optimizer {number}: none, the run trains without one")
         elif not optimizer.groups:
-            yield error(f"optimizer {number} has no param_groups", "optimizer", "Use another checkpoint of this run.")
-        elif optimizer.keeps_moments and not optimizer.parameters_with_state and done:
+            yield error(f"optimizer {number} has no param_groups", "optimizer", _OTHER_CHECKPOINT)
+        elif optimizer.keeps_moments and not optimizer.parameters_with_state and done and optimizer.parameter_count:
             yield error(
                 f"optimizer {number} has no state for any of its {optimizer.parameter_count:,} parameters after "
                 f"{done:,} steps: training would go on with a fresh optimizer",
                 "optimizer",
-                "Use another checkpoint of this run.",
+                _OTHER_CHECKPOINT,
             )
         else:
             yield passed(
@@ -115,7 +216,13 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
             )
 
 
-@rule("CK403", "parameters-disagree")
+@rule(
+    "CK403",
+    "parameters-disagree",
+    Severity.WARNING,
+    compares="the step counts of all parameters of an optimizer with each other",
+    source="torch.optim: each parameter counts its own steps",
+)
 def parameters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The parameters of one optimizer have done different numbers of steps.
 
@@ -124,26 +231,260 @@ def parameters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     for number, optimizer in enumerate(facts.optimizers or ()):
         counts = sorted(set(optimizer.steps.values()))
-        if len(counts) > 1:
-            fewest, most = int(counts[0]), int(counts[-1])
-            behind = sum(1 for s in optimizer.steps.values() if s < counts[-1])
-            yield warning(
-                f"optimizer {number}: {behind:,} of {len(optimizer.steps):,} parameters have fewer steps than the "
-                f"others ({fewest:,} to {most:,})",
-                "optimizer",
-                "Expected if layers were unfrozen during training; otherwise use another checkpoint.",
-            )
+        if len(counts) < 2:
+            continue
+        fewest, most = int(counts[0]), int(counts[-1])
+        behind = [parameter for parameter, steps in optimizer.steps.items() if steps < counts[-1]]
+        yield warning(
+            f"optimizer {number}: {len(behind):,} of {len(optimizer.steps):,} parameters have fewer steps than the "
+            f"others ({fewest:,} to {most:,})",
+            "optimizer",
+            f"{_unfreezing(optimizer, counts)}otherwise use another checkpoint. Behind: {_listed(optimizer, behind)}.",
+        )
 
 
-@rule("CK404", "unknown-parameter-state")
+def _unfreezing(optimizer: OptimizerFacts, counts: list[float]) -> str:
+    """What the numbers say for layers that joined later: whole groups of parameters, each in step."""
+    if len(counts) <= max(4, len(optimizer.groups)):
+        lag = " and ".join(f"{int(counts[-1] - c):,}" for c in reversed(counts[:-1]))
+        return f"Expected if layers were unfrozen {lag} steps after the start, or get no gradient in some steps; "
+    return "Expected if parts of the model get a gradient in some steps only; "
+
+
+@rule(
+    "CK404",
+    "unknown-parameter-state",
+    compares="the parameters in an optimizer's state with those of its groups",
+    source="torch/optim/optimizer.py, Optimizer.state_dict",
+)
 def unknown_parameter_state(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """The optimizer's state names parameters that are in none of its groups."""
+    """The optimizer's state names parameters that are in none of its groups, or a parameter is in two of them."""
     for number, optimizer in enumerate(facts.optimizers or ()):
-        known = {p for g in optimizer.groups for p in g.params}
-        stray = [p for p in optimizer.steps if p not in known]
-        if stray and known:
+        times = Counter(p for g in optimizer.groups for p in g.params)
+        stray = [p for p in {**optimizer.steps, **optimizer.moments} if p not in times]
+        if stray and times:
             yield error(
                 f"optimizer {number} has state for {len(stray):,} parameters that are in none of its groups",
                 "optimizer",
-                "Use another checkpoint of this run.",
+                _OTHER_CHECKPOINT,
             )
+        twice = [p for p, count in times.items() if count > 1]
+        if twice:
+            yield error(
+                f"optimizer {number} has {len(twice):,} parameters in more than one of its groups: "
+                f"{_listed(optimizer, twice)}",
+                "optimizer",
+                _OTHER_CHECKPOINT,
+            )
+
+
+_OF_WEIGHT_SHAPE = frozenset(
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "momentum_buffer")
+    + ("square_avg", "grad_avg", "acc_delta", "sum", "prev", "ax")
+)
+"""Entries that torch's optimizers and their kin keep in the shape of the weight; what else there is may be reduced."""
+
+
+@rule(
+    "CK405",
+    "moment-shape",
+    compares="the shapes of an optimizer's moments with those of the weights",
+    source="torch.optim: moments have the shape of their parameter",
+)
+def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """A moment of the optimizer has a shape that no weight has: optimizer and weights are of two models.
+
+    Where the optimizer knows its parameters' names, each is compared with the weight of its name; else its shape must
+    occur among the weights', since the order of parameters is not in the file. Entries in other shapes by design are
+    left alone (the rows and columns of Adafactor, the blocks of 8-bit optimizers), and so is an optimizer whose moments
+    are all flat, as sharded training keeps them. torch notices a wrong shape at the first step, or never.
+    """
+    if not facts.tensors or facts.defects:
+        return
+    by_name = {t.name: t.shape for t in facts.tensors}
+    shapes = set(by_name.values())
+    for number, optimizer in enumerate(facts.optimizers or ()):
+        if not optimizer.moments or _is_flat(optimizer, shapes):
+            continue
+        names = _names_of(optimizer, by_name)
+        wrong = []
+        compared = 0
+        for parameter, entries in optimizer.moments.items():
+            for entry, shape in entries.items():
+                if entry not in _OF_WEIGHT_SHAPE or math.prod(shape) == 1:
+                    continue
+                compared += 1
+                weight = names.get(parameter)
+                if shape not in (shapes if weight is None else {by_name[weight]}):
+                    wrong.append((parameter, entry, shape, weight))
+        if wrong:
+            parameter, entry, shape, weight = wrong[0]
+            of = f"weight {weight} has {_shape(by_name[weight])}" if weight is not None else "no weight has that shape"
+            yield error(
+                f"optimizer {number}: {entry} of {_listed(optimizer, [parameter])} has shape {_shape(shape)}, and {of}"
+                + (f" ({len(wrong):,} of {compared:,} moments do not fit)" if len(wrong) > 1 else ""),
+                "optimizer",
+                "Optimizer and weights are of two models or two saves; use another checkpoint of this run.",
+            )
+        elif compared:
+            yield passed(f"optimizer {number}: {compared:,} moments in the shapes of weights")
+
+
+def _is_flat(optimizer: OptimizerFacts, shapes: set[tuple[int, ...]]) -> bool:
+    ranks = {len(shape) for entries in optimizer.moments.values() for shape in entries.values()}
+    return ranks <= {1} and any(len(shape) > 1 for shape in shapes)
+
+
+def _names_of(optimizer: OptimizerFacts, weights: Mapping[str, Any]) -> dict[int | str, str]:
+    """The weight of each parameter whose name is known: `param_names` of named parameters, or its key in the state.
+
+    An optimizer of a part of a module knows its parameters without that part's prefix.
+    """
+    known: dict[int | str, str] = {p: p for p in optimizer.moments if isinstance(p, str)}
+    for group in optimizer.groups:
+        names = group.options.get("param_names")
+        if isinstance(names, list) and len(names) == len(group.params):
+            known.update(zip(group.params, map(str, names), strict=True))
+    if all(name in weights for name in known.values()):
+        return known
+    for name in known.values():
+        prefixes = [weight.removesuffix(name) for weight in weights if weight.endswith(f".{name}")]
+        for prefix in prefixes:
+            if all(prefix + other in weights for other in known.values()):
+                return {parameter: prefix + other for parameter, other in known.items()}
+        break
+    return {}
+
+
+@rule(
+    "CK406",
+    "parameter-count",
+    compares="the number of an optimizer's parameters with the number of weights",
+    source="torch.optim; torch.nn.Module.state_dict",
+)
+def parameter_count(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """An optimizer trains more parameters than the checkpoint has weights: some of what was trained is not in it.
+
+    Fewer are legal: buffers are weights without a gradient, and frozen layers need not be in the optimizer. More
+    parameters than weights of which none further has state are frozen ones whose weights were left out on purpose.
+    """
+    weights = len(facts.tensors)
+    if not weights or facts.defects:
+        return
+    for number, optimizer in enumerate(facts.optimizers or ()):
+        count = optimizer.parameter_count
+        if count <= weights:
+            if count:
+                yield passed(f"optimizer {number}: {count:,} parameters, {weights:,} weights")
+            continue
+        message = f"optimizer {number} has {count:,} parameters, and the checkpoint has {weights:,} weights"
+        if optimizer.parameters_with_state > weights or not optimizer.parameters_with_state:
+            yield error(
+                message,
+                "optimizer",
+                "Parameters that were trained are not in the checkpoint, or optimizer and weights are of two models.",
+            )
+        else:
+            yield info(message, "optimizer", "Expected if frozen weights are left out of the checkpoint on purpose.")
+
+
+@rule(
+    "CK407",
+    "param-group-values",
+    compares="lr, betas, momentum, eps and weight_decay with what torch's optimizers accept",
+    source="torch.optim: the checks in each optimizer's __init__, which load_state_dict does not repeat",
+)
+def param_group_values(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """A param group holds a value that no optimizer accepts, and that a resume would take over unseen.
+
+    torch refuses a negative learning rate, weight decay, momentum or eps and betas outside [0, 1) when an optimizer is
+    made; `load_state_dict` overwrites them without a check, so in a checkpoint they are an error. A momentum of 1 or
+    more is accepted and lets training diverge, an eps of 0 divides by zero for a weight without a gradient: warnings.
+    """
+    for number, optimizer in enumerate(facts.optimizers or ()):
+        sane = True
+        for index, group in enumerate(optimizer.groups):
+            for judged, what in _odd_values(group):
+                sane = False
+                yield judged(f"optimizer {number}, group {index}: {what}", "optimizer", _OTHER_CHECKPOINT)
+        if sane and optimizer.groups:
+            yield passed(f"optimizer {number}: the values of its {len(optimizer.groups):,} param groups are sane")
+
+
+def _odd_values(group: ParamGroupFacts) -> Iterator[tuple[Any, str]]:
+    values: dict[str, Any] = {"lr": group.lr, "initial_lr": group.initial_lr, **group.options}
+    for name in ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps", "momentum", "lr_decay", "alpha", "rho"):
+        for value in _numbers_in(values.get(name)):
+            if not math.isfinite(value) or value < 0:
+                yield error, f"{name} is {value:g} and must be a number from 0 up"
+            elif name == "momentum" and value >= 1:
+                yield warning, f"momentum is {value:g} and should be below 1: training would diverge"
+            elif name == "eps" and value == 0:
+                yield warning, "eps is 0: a weight without a gradient would become NaN"
+    for value in _numbers_in(values.get("betas")):
+        if not 0 <= value < 1:
+            yield error, f"one of betas is {value:g} and must lie in [0, 1)"
+
+
+def _numbers_in(value: object) -> list[float]:
+    """The numbers of an option that is one, or several; a tensor's value is not known."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return [float(e) for e in entries if isinstance(e, int | float) and not isinstance(e, bool) and abs(e) < 2**63]
+
+
+@rule(
+    "CK408",
+    "partial-state",
+    compares="the parameters with state with all of an optimizer's, and their entries with each other",
+    source="torch.optim: a parameter gets its state at its first gradient",
+)
+def partial_state(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """Some of an optimizer's parameters have state and others have none, or lack an entry that the others have.
+
+    A parameter without any state got no gradient so far: it is frozen or not used. That is common in healthy runs
+    (every frozen layer that was handed to the optimizer), so it is worth knowing and no warning. A parameter that has
+    one of Adam's moments without the other cannot be trained on: torch raises KeyError at the next step.
+    """
+    for number, optimizer in enumerate(facts.optimizers or ()):
+        broken = [p for p, entries in optimizer.moments.items() if _half_of_adam(entries, optimizer)]
+        if broken:
+            yield error(
+                f"optimizer {number}: {len(broken):,} parameters have one of exp_avg and exp_avg_sq without the other: "
+                f"{_listed(optimizer, broken)}",
+                "optimizer",
+                _OTHER_CHECKPOINT,
+            )
+        per_parameter = optimizer.keeps_moments and not any("history_size" in g.options for g in optimizer.groups)
+        with_state = {*optimizer.steps, *optimizer.moments}
+        without = [p for g in optimizer.groups for p in g.params if p not in with_state]
+        if per_parameter and with_state and without and len(without) < optimizer.parameter_count:
+            yield info(
+                f"optimizer {number}: {len(without):,} of {optimizer.parameter_count:,} parameters have no state: "
+                f"{_listed(optimizer, without)}",
+                "optimizer",
+                "Expected if they are frozen or not used; a resume gives them a fresh state at their first gradient.",
+            )
+
+
+def _half_of_adam(entries: Mapping[str, Any], optimizer: OptimizerFacts) -> bool:
+    """Whether one of Adam's moments is missing, in an optimizer that has both elsewhere."""
+    pair = {"exp_avg", "exp_avg_sq"}
+    if len(pair & set(entries)) != 1 or not any("betas" in g.options for g in optimizer.groups):
+        return False
+    return any(pair <= set(others) for others in optimizer.moments.values())
+
+
+def _listed(optimizer: OptimizerFacts, parameters: list[int | str]) -> str:
+    """The first few parameters, by name where the optimizer knows their names."""
+    names: dict[int | str, str] = {}
+    for group in optimizer.groups:
+        given = group.options.get("param_names")
+        if isinstance(given, list) and len(given) == len(group.params):
+            names.update(zip(group.params, map(str, given), strict=True))
+    shown = [names.get(p, str(p) if isinstance(p, str) else f"parameter {p}") for p in parameters[:3]]
+    more = f" and {len(parameters) - 3:,} more" if len(parameters) > 3 else ""
+    return ", ".join(shown) + more
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

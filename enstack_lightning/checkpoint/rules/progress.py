@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from enstack_lightning.checkpoint.facts import Facts, Format
 from enstack_lightning.checkpoint.resume import plan_resume
-from enstack_lightning.checkpoint.rules.rule import Options, Outcome, error, passed, rule, warning
+from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+
+_ANOTHER = "Use another checkpoint of this run."
 
 
-@rule("CK301", "progress-out-of-range")
+@rule(
+    "CK301",
+    "progress-out-of-range",
+    compares="epoch, step and global_step with 0, with the batches of an epoch and with the run's length",
+    source="the counters of each format",
+)
 def progress_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """A counter is negative, or more batches of an epoch are done than it has.
+    """A counter is negative, or more batches of an epoch are done than it has, or more of the run than it had to do.
 
-    EnStack counts epochs from 1; Lightning from 0.
+    EnStack counts epochs from 1; Lightning from 0; transformers counts fractions of epochs and ends its run at
+    `max_steps`.
     """
     p = facts.progress
     counters = {
@@ -28,37 +37,61 @@ def progress_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
         lowest = 1 if name == "total_batches" or (name == "epoch" and facts.format is Format.ENSTACK) else 0
         if value < lowest:
             wrong = True
-            yield error(
-                f"{name} is {value:,} and must be {lowest} or more", name, "Use another checkpoint of this run."
-            )
-    batches = facts.batches_per_epoch
-    if batches and p.batches_in_epoch is not None and p.batches_in_epoch > batches:
+            yield error(f"{name} is {value:,} and must be {lowest} or more", name, _ANOTHER)
+    for outcome in (*_beyond_the_epoch(facts), *_beyond_the_run(facts)):
         wrong = True
-        yield error(
-            f"{p.batches_in_epoch:,} batches of the epoch are done, and an epoch has {batches:,}",
-            "step",
-            "The data or the batch size changed during the run; use a checkpoint saved at an epoch's end.",
-        )
+        yield outcome
     if known and not wrong:
         yield passed("counters valid: " + ", ".join(f"{name} {value:,}" for name, value in known.items()))
 
 
-@rule("CK302", "counters-disagree")
+def _beyond_the_epoch(facts: Facts) -> Iterator[Outcome]:
+    done, batches = facts.progress.batches_in_epoch, facts.batches_per_epoch
+    if batches and done is not None and done > batches:
+        yield error(
+            f"{done:,} batches of the epoch are done, and an epoch has {batches:,}",
+            "step",
+            "The data or the batch size changed during the run; use a checkpoint saved at an epoch's end.",
+        )
+
+
+def _beyond_the_run(facts: Facts) -> Iterator[Outcome]:
+    p, run = facts.progress, facts.run
+    if facts.format is not Format.HUGGINGFACE:
+        return
+    if p.global_step is not None and run.max_steps is not None and p.global_step > run.max_steps:
+        yield error(f"global_step is {p.global_step:,}, and the run ends at {run.max_steps:,}", "global_step", _ANOTHER)
+    if p.epoch_fraction is not None and run.max_epochs is not None and p.epoch_fraction > run.max_epochs + 1e-6:
+        yield error(f"epoch is {p.epoch_fraction:.4f}, and the run has {run.max_epochs:,}", "epoch", _ANOTHER)
+
+
+@rule(
+    "CK302",
+    "counters-disagree",
+    compares="the entries epoch and global_step with the loop counters, and these with each other",
+    source="lightning/pytorch/loops/progress.py",
+)
 def counters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
     """Lightning's entries `global_step` and `epoch` differ from the loop counters that a resume restores.
 
     On a resume both come from `loops`, never from these entries; where they differ the checkpoint was edited or put
-    together from two. At an epoch's end `epoch` still names the epoch that is just complete.
+    together from two. At an epoch's end `epoch` still names the epoch that is just complete. Counters that no Trainer
+    writes (more batches done than taken, epochs done that never began) are an error too. Where the guard recorded the
+    run, its optimizer steps are compared with its batches and accumulation; a difference there is worth knowing, since
+    manual optimization and a change of settings during the run cause it as well.
     """
+    yield from _impossible_counters(facts)
     p = facts.progress
-    completed = p.epochs_completed
-    counted = p.global_step is not None and p.epoch is not None and completed is not None
-    if counted and p.epoch not in (completed, (completed or 0) - 1):
-        yield warning(
-            f"the entry epoch says {p.epoch:,} and the loop counters say {completed:,} complete epochs",
-            "epoch",
-            "Training would go on from the loop counters; prefer a checkpoint in which both agree.",
-        )
+    counted = p.global_step is not None and p.epoch is not None and p.epochs_completed is not None
+    if facts.format is not Format.HUGGINGFACE and counted:
+        completed = p.epochs_completed or 0
+        if p.epoch not in (completed, completed - 1):
+            yield warning(
+                f"the entry epoch says {p.epoch:,} and the loop counters say {completed:,} complete epochs",
+                "epoch",
+                "Training would go on from the loop counters; prefer a checkpoint in which both agree.",
+            )
+    yield from _steps_of_the_run(facts)
     if p.global_step is None or p.recorded_global_step is None:
         return
     if p.global_step != p.recorded_global_step:
@@ -71,11 +104,54 @@ def counters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield passed(f"global_step {p.global_step:,} agrees with the loop counters")
 
 
-@rule("CK303", "interrupted-step")
+def _impossible_counters(facts: Facts) -> Iterator[Outcome]:
+    p = facts.progress
+    pairs = (
+        ("batches of the epoch are done", p.batches_in_epoch, "were taken from the loader", p.batches_begun),
+        ("batches of the epoch are done", p.batches_in_epoch, "in the whole run", p.batches_trained),
+        ("epochs are complete", p.epochs_completed, "had begun", p.epochs_begun),
+    )
+    for done, fewer, whole, more in pairs:
+        if fewer is not None and more is not None and fewer > more:
+            yield error(f"{fewer:,} {done} and {more:,} {whole}", "loops", _ANOTHER)
+
+
+def _steps_of_the_run(facts: Facts) -> Iterator[Outcome]:
+    """Optimizer steps by the loop's counter against batches and accumulation, as the run was set."""
+    p, accumulation, batches = facts.progress, facts.run.accumulate_grad_batches, facts.run.batches_per_epoch
+    single = len(facts.optimizers or ()) == 1
+    if facts.format is not Format.LIGHTNING or not single or not accumulation or not batches:
+        return
+    if p.optimizer_steps is None or p.epochs_completed is None or p.batches_in_epoch is None:
+        return
+    if (p.epochs_begun or 0) > p.epochs_completed:
+        whole, rest = p.epochs_completed, p.batches_in_epoch
+    else:
+        whole, rest = p.epochs_completed, 0
+    last = math.ceil(batches / accumulation) if rest >= batches else rest // accumulation
+    expected = whole * math.ceil(batches / accumulation) + last
+    if expected != p.optimizer_steps:
+        yield info(
+            f"{p.optimizer_steps:,} optimizer steps, where {whole:,} epochs of {batches:,} batches and {rest:,} more, "
+            f"{accumulation:,} a step, give {expected:,}",
+            "loops",
+            "Expected under manual optimization, after max_steps or early stopping inside an epoch, or if batches or "
+            "accumulation changed during the run.",
+        )
+
+
+@rule(
+    "CK303",
+    "interrupted-step",
+    Severity.WARNING,
+    compares="optimizer steps begun with those counted, and batches with the accumulation window",
+    source="lightning/pytorch/loops/optimization/automatic.py",
+)
 def interrupted_step(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An optimizer step had begun and was not counted: the save happened inside a step, after an exception or a signal.
 
-    Weights and optimizer may be one step ahead of the counters.
+    Weights and optimizer may be one step ahead of the counters. Worth knowing is a save between two batches of one
+    accumulated step: their gradients are in no checkpoint, so these batches are trained for nothing.
     """
     p = facts.progress
     if p.optimizer_steps is not None and p.optimizer_steps_begun is not None:
@@ -87,34 +163,88 @@ def interrupted_step(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "loops",
                 "Prefer a checkpoint that was saved between two steps.",
             )
+    plan, accumulation = plan_resume(facts), facts.run.accumulate_grad_batches
+    if plan is not None and plan.kind == "mid-epoch" and accumulation and plan.step % accumulation:
+        lost = plan.step % accumulation
+        yield info(
+            f"saved inside an accumulated step: the gradients of the last {lost:,} of {accumulation:,} batches are not "
+            "in the checkpoint",
+            "loops",
+            f"Save every {accumulation:,} batches to lose none.",
+        )
 
 
-@rule("CK304", "metric-out-of-range")
+@rule("CK304", "metric-out-of-range", compares="best_val_f1 and best_val_acc with 0 and 1", source="EnStack's trainer")
 def metric_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """A best validation F1 or accuracy is not between 0 and 1."""
-    if facts.format is Format.ENSTACK:
-        for name, value in facts.metrics.items():
-            if 0 <= value <= 1:
-                yield passed(f"{name} {value:.4f}")
-            else:
-                yield error(f"{name} is {value} and must lie between 0 and 1", name, "Use another checkpoint.")
+    """A best validation F1 or accuracy of an EnStack checkpoint is not a number between 0 and 1."""
+    if facts.format is not Format.ENSTACK:
+        return
+    for name, value in facts.metrics.items():
+        if 0 <= value <= 1:
+            yield passed(f"{name} {value:.4f}")
+        else:
+            yield error(f"{name} is {value} and must lie between 0 and 1", name, "Use another checkpoint.")
+    for name in ("best_val_f1", "best_val_acc"):
+        if name not in facts.metrics and facts.fields.get(name) in ("float", "int", "str", "bool"):
+            yield error(f"{name} is no finite number, and must lie between 0 and 1", name, "Use another checkpoint.")
 
 
-@rule("CK305", "kind-of-checkpoint")
+@rule(
+    "CK305",
+    "kind-of-checkpoint",
+    Severity.WARNING,
+    compares="the counters with what a resume makes of them",
+    source="lightning/pytorch/loops/fit_loop.py; transformers/trainer.py",
+)
 def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
     """Says whether the checkpoint was saved at an epoch's end or inside an epoch, and what a resume will do.
 
     A mid-epoch checkpoint of a loader whose position was not saved repeats or leaves out batches: Lightning starts the
-    loader anew and counts on.
+    loader anew and counts on. transformers puts its loader where it was; EnStack skips as many batches of an epoch that
+    is shuffled anew.
     """
     plan = plan_resume(facts)
-    if plan is None:
+    if plan is None or plan.kind == "not-resumable":
         return
-    if plan.kind == "mid-epoch" and facts.format is Format.LIGHTNING and not facts.loader_position:
+    by_lightning = facts.format in (Format.LIGHTNING, Format.SHARDED)
+    if plan.kind == "mid-epoch" and by_lightning and not facts.loader_position:
         yield warning(
             f"saved after batch {plan.step:,} of the epoch, without the training loader's position: a resume trains "
-            "other batches than the ones left",
+            f"other batches than the ones left, up to {plan.batches_repeated:,} of them for the second time",
             hint="Use a StatefulDataLoader (torchdata) for training, or resume from a checkpoint of an epoch's end.",
         )
     else:
         yield passed(plan.sentence)
+
+
+@rule(
+    "CK306",
+    "epoch-fraction",
+    Severity.WARNING,
+    compares="epoch of trainer_state.json with global_step and the updates in an epoch",
+    source="transformers/trainer.py, Trainer._inner_training_loop",
+)
+def epoch_fraction(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """transformers' `epoch` is not where `global_step` stands.
+
+    The Trainer writes `epoch` as complete epochs plus the share of batches done, and goes on by `global_step`. They
+    part when the batch size or the data changed during the run, or when the file was edited.
+    """
+    p = facts.progress
+    if p.epoch_fraction is None or p.epochs_completed is None:
+        return
+    lowest = highest = float(p.epochs_completed)
+    if (p.epochs_begun or 0) > p.epochs_completed:
+        highest += 1
+        if p.batches_in_epoch is not None and p.batches_per_epoch:
+            lowest += (p.batches_in_epoch - 1) / p.batches_per_epoch
+            highest = min(highest, p.epochs_completed + (p.batches_in_epoch + 1) / p.batches_per_epoch)
+    if lowest - 1e-6 <= p.epoch_fraction <= highest + 1e-6:
+        yield passed(f"epoch {p.epoch_fraction:.4f} agrees with global_step")
+    else:
+        between = f"{lowest:.4f}" if lowest == highest else f"{lowest:.4f} to {highest:.4f}"
+        yield warning(
+            f"epoch says {p.epoch_fraction:.4f}, and global_step {p.global_step or 0:,} lies at {between}",
+            "trainer_state.json",
+            "A resume goes on by global_step; make sure that batch size and data are those of the whole run.",
+        )

@@ -3,125 +3,364 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from enstack_lightning.checkpoint.facts import Facts, Format, SchedulerFacts
+from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
-from enstack_lightning.checkpoint.rules.rule import Options, Outcome, passed, rule, warning
+from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.schedule import same_rate
+
+WARM_UP_STEPS = 50
+"""So many steps of a schedule without a closed form may be the beginning of its warm-up, with rates next to 0."""
+
+_RECKONED_FROM_THE_START = frozenset(("OneCycleLR", "CyclicLR", "CosineAnnealingWarmRestarts"))
+"""Classes that reckon every rate from the base rate; all others multiply the rate they find, whoever set it."""
+
+_COMES_BACK = {
+    "CosineAnnealingLR": "the rate rises again after it",
+    "PolynomialLR": "the rate stays at 0 after it",
+}
+_DISAGREES = "The scheduler will overwrite it at its next step; use a checkpoint in which both agree."
 
 
-@rule("CK501", "scheduler-position")
+@rule(
+    "CK501",
+    "scheduler-position",
+    Severity.WARNING,
+    compares="last_epoch of the schedulers with the steps and epochs done",
+    source="lightning/pytorch/loops/training_epoch_loop.py, update_lr_schedulers",
+)
 def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
     """A scheduler has stepped more or less often than training says.
 
-    Lightning counts the steps of all schedulers together, so their `last_epoch`s add up to that counter; one that is
-    known to step with every optimizer step stands at `global_step`. In an EnStack folder the scheduler steps with the
-    optimizer, and the optimizer's tolerance applies.
+    Lightning counts the steps of all schedulers together, so their `last_epoch`s add up to that counter. Where the
+    guard recorded the run, each is compared alone: one that steps with every optimizer step stands at `global_step`,
+    one that steps with every epoch at the number of epochs. transformers steps its scheduler with the optimizer, and
+    not where the gradient scaler skipped a step. In an EnStack folder the scheduler steps with the optimizer as well,
+    and the optimizer's tolerance applies.
     """
     schedulers = facts.schedulers or ()
     if not schedulers or any(s.last_epoch is None for s in schedulers):
         return
-    actual = sum(s.last_epoch or 0 for s in schedulers)
-    counted = facts.progress.scheduler_steps
-    tolerance = 0
-    if facts.format is Format.ENSTACK:
-        expected = expected_steps(facts, options)
-        counted, tolerance = (expected.steps, expected.tolerance) if expected else (None, 0)
+    if facts.format in (Format.ENSTACK, Format.HUGGINGFACE):
+        yield from _with_the_optimizer(schedulers[0], facts, options)
+        return
+    actual, counted = sum(s.last_epoch or 0 for s in schedulers), facts.progress.scheduler_steps
     if not counted:
         return  # manual optimization steps its schedulers itself and counts nothing
-    if abs(actual - counted) > tolerance:
-        yield warning(
-            f"scheduler steps {actual:,}, expected {counted:,}: the learning rate is that of another step",
-            "scheduler",
-            "Use another checkpoint of this run, or set the scheduler forward before training.",
-        )
+    if actual != counted:
+        yield _off_position(f"scheduler steps {actual:,}, expected {counted:,}")
+    elif wrong := [said for i, s in enumerate(schedulers) if (said := _off_its_interval(i, s, facts))]:
+        yield _off_position(wrong[0])
     else:
         yield passed(f"scheduler steps {actual:,}, expected {counted:,}")
 
 
-@rule("CK502", "learning-rate-out-of-bounds")
+def _with_the_optimizer(scheduler: SchedulerFacts, facts: Facts, options: Options) -> Iterator[Outcome]:
+    expected = expected_steps(facts, options)
+    if expected is None or scheduler.kind == "ReduceLROnPlateau":
+        return
+    actual = scheduler.last_epoch or 0
+    steps = [o.most_steps for o in facts.optimizers or () if o.most_steps is not None]
+    near_counters = abs(actual - expected.steps) <= expected.tolerance
+    # A mismatch that the optimizer shares is its own finding, said once, by CK401.
+    near_optimizer = any(abs(actual - s) <= expected.tolerance for s in steps)
+    if near_counters or near_optimizer:
+        beside = "" if near_counters else f", the optimizer's own {steps[0]:,}"
+        yield passed(f"scheduler steps {actual:,}, expected {expected.steps:,}{beside}")
+    else:
+        yield _off_position(f"scheduler steps {actual:,}, expected {expected.steps:,} ({expected.reckoning})")
+
+
+def _off_position(message: str) -> Outcome:
+    return warning(
+        f"{message}: the learning rate is that of another step",
+        "scheduler",
+        "Use another checkpoint of this run, or set the scheduler forward before training.",
+    )
+
+
+def _off_its_interval(index: int, scheduler: SchedulerFacts, facts: Facts) -> str | None:
+    """What is wrong with one scheduler's position by its own interval, where the run's settings are known."""
+    run, p = facts.run, facts.progress
+    settings = list(zip(run.scheduler_intervals, run.scheduler_frequencies, strict=False))
+    known = len(settings) == len(facts.schedulers or ()) and len(facts.optimizers or ()) == 1
+    if not known or settings[index][1] != 1 or scheduler.kind in ("ReduceLROnPlateau", "SWALR"):
+        return None
+    position = scheduler.last_epoch or 0
+    if settings[index][0] == "step" and p.optimizer_steps is not None and position != p.optimizer_steps:
+        return f"scheduler {index} steps with the optimizer and stands at {position:,}, expected {p.optimizer_steps:,}"
+    if settings[index][0] != "epoch" or p.epochs_completed is None:
+        return None
+    # It steps at an epoch's last batch, before or after the checkpoint of that moment is saved.
+    if abs(position - p.epochs_completed) <= 1:
+        return None
+    return f"scheduler {index} steps every epoch and stands at {position:,}, expected {p.epochs_completed:,}"
+
+
+@rule(
+    "CK502",
+    "learning-rate-out-of-bounds",
+    Severity.WARNING,
+    compares="each param group's lr with 1e-8 and with twice its initial one",
+    source="EnStack's trainer",
+)
 def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The learning rate that training continues with is below 1e-8, or above twice the initial one and twice
-    the peak that its schedule names (`OneCycleLR`, `CyclicLR`).
+    the peak that its schedule names (`OneCycleLR`, `CyclicLR`, `SWALR`).
 
-    A rate of 0 at the start of a warm-up and at the end of a finished run is what the schedule gives.
+    A rate next to 0 is what the schedule gives at the start of a warm-up, at the end of a finished run, and for a group
+    that was given no more from the beginning.
     """
     plan = plan_resume(facts)
-    finished = plan is not None and plan.kind == "finished"
-    at_start = any(s.last_epoch == 0 for s in facts.schedulers or ())
+    excused = (plan is not None and plan.kind == "finished") or any(
+        _warms_up(s, options) or _is_complete(s) for s in facts.schedulers or ()
+    )
     peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
     for number, optimizer in enumerate(facts.optimizers or ()):
-        for group in optimizer.groups:
-            if group.lr is None:
-                continue
-            peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
-            highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
-            if group.lr < options.min_lr and not finished and not at_start:
-                yield warning(
-                    f"learning rate {group.lr:.2e} of optimizer {number} is below {options.min_lr:.0e}: training would "
-                    "change almost nothing",
-                    "learning rate",
-                    "The schedule has run out: train with a longer one, or stop here.",
-                )
-            elif group.lr > highest:
-                yield warning(
-                    f"learning rate {group.lr:.2e} of optimizer {number} is above {highest:.2e}",
-                    "learning rate",
-                    "Check the schedule: this is more than it should ever give.",
-                )
-            else:
-                yield passed(f"learning rate {group.lr:.2e} within bounds")
-            break  # the other groups share the schedule
+        outcomes = [
+            outcome
+            for index, group in enumerate(optimizer.groups)
+            if group.lr is not None and (outcome := _bounded(number, index, group, peaks, excused, options))
+        ]
+        if outcomes:
+            yield outcomes[0]  # the other groups share the schedule
+        elif any(group.lr is not None for group in optimizer.groups):
+            yield passed(f"learning rate {_rates_of(optimizer)} of optimizer {number} within bounds")
 
 
-@rule("CK503", "learning-rate-disagrees")
+def _bounded(
+    number: int, index: int, group: ParamGroupFacts, peaks: Sequence[float], excused: bool, options: Options
+) -> Outcome | None:
+    rate = group.lr or 0.0
+    swa = group.options.get("swa_lr")
+    peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, swa if isinstance(swa, float) else 0.0, *peaks)
+    highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
+    whose = f"optimizer {number}" + (f", group {index}" if index else "")
+    never_more = group.initial_lr is not None and group.initial_lr < options.min_lr and rate <= group.initial_lr
+    if rate < options.min_lr and not excused and not never_more:
+        return warning(
+            f"learning rate {rate:.2e} of {whose} is below {options.min_lr:.0e}: training would change almost nothing",
+            "learning rate",
+            "The schedule has run out: train with a longer one, or stop here.",
+        )
+    if rate > highest:
+        return warning(
+            f"learning rate {rate:.2e} of {whose} is above {highest:.2e}",
+            "learning rate",
+            "Check the schedule: this is more than it should ever give.",
+        )
+    return None
+
+
+def _warms_up(scheduler: SchedulerFacts, options: Options) -> bool:
+    """Whether the scheduler itself set a rate next to 0, and is about to raise it or may be."""
+    position = scheduler.last_epoch
+    if position == 0:
+        return True
+    if position is None or not scheduler.last_lr or scheduler.last_lr[0] >= options.min_lr:
+        return False
+    if scheduler.next_lrs:
+        return scheduler.next_lrs[0] > scheduler.last_lr[0]
+    return scheduler.kind is None and position <= WARM_UP_STEPS
+
+
+def _is_complete(scheduler: SchedulerFacts) -> bool:
+    """Whether a schedule of fixed length has come to its end, which CK505 says."""
+    return bool(scheduler.total_steps) and (scheduler.last_epoch or 0) >= (scheduler.total_steps or 0) - 1
+
+
+def _rates_of(optimizer: OptimizerFacts) -> str:
+    rates = list(dict.fromkeys(f"{g.lr:.2e}" for g in optimizer.groups if g.lr is not None))
+    return ", ".join(rates[:4]) + (" …" if len(rates) > 4 else "")
+
+
+@rule(
+    "CK503",
+    "learning-rate-disagrees",
+    Severity.WARNING,
+    compares="each param group's lr with the scheduler's _last_lr",
+    source="torch/optim/lr_scheduler.py, LRScheduler._update_lr",
+)
 def learning_rate_disagrees(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """The optimizer's learning rate is another than the one its scheduler set last."""
-    if len(facts.schedulers or ()) != 1 or len(facts.optimizers or ()) != 1:
-        return  # which scheduler drives which optimizer is not in the file
-    assert facts.schedulers is not None
-    assert facts.optimizers is not None
-    scheduler = facts.schedulers[0]
-    rates = [g.lr for g in facts.optimizers[0].groups]
-    if len(rates) != len(scheduler.last_lr) or None in rates:
-        return
-    for actual, expected in zip(rates, scheduler.last_lr, strict=True):
-        if actual is not None and not _same(actual, expected):
-            yield warning(
-                f"the optimizer's learning rate is {actual:.6e} and its scheduler set {expected:.6e}",
-                "learning rate",
-                "The scheduler will overwrite it at its next step; use a checkpoint in which both agree.",
-            )
-            return
+    """The optimizer's learning rate is another than the one its scheduler set last.
 
-
-@rule("CK504", "learning-rate-off-schedule")
-def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """The restored learning rate differs from what the run's own schedule gives at this step.
-
-    Told by a live Trainer for schedules with a closed form: the run that resumes has another schedule (length, warm-up,
-    base rate) than the one that saved.
+    With one scheduler for each optimizer every group is compared. Which scheduler drives which optimizer is not in the
+    file, so of several each has to agree with one optimizer. With several schedulers on one optimizer only the last to
+    step agrees.
     """
+    schedulers = [s for s in facts.schedulers or () if s.last_lr]
+    optimizers = [o for o in facts.optimizers or () if o.groups and all(g.lr is not None for g in o.groups)]
+    if not schedulers or not optimizers or len(optimizers) != len(facts.optimizers or ()):
+        return
+    if len(schedulers) < len(facts.schedulers or ()):
+        return
+    wrong = [s for s in schedulers if not any(_agrees(s, o) for o in optimizers)]
+    if len(optimizers) == 1 < len(schedulers):
+        wrong = [] if len(wrong) < len(schedulers) else wrong
+    if not wrong:
+        yield passed(f"learning rates agree with {len(schedulers):,} scheduler(s)")
+        return
+    scheduler, optimizer = wrong[0], optimizers[0] if len(optimizers) == 1 else None
+    if optimizer is None:
+        yield warning(
+            f"no optimizer has the learning rate {scheduler.last_lr[0]:.6e} that a scheduler set",
+            "learning rate",
+            _DISAGREES,
+        )
+        return
+    pairs = zip((g.lr or 0.0 for g in optimizer.groups), scheduler.last_lr, strict=False)
+    actual, expected = next((a, b) for a, b in pairs if not same_rate(a, b))
+    yield warning(
+        f"the optimizer's learning rate is {actual:.6e} and its scheduler set {expected:.6e}",
+        "learning rate",
+        _DISAGREES,
+    )
+
+
+def _agrees(scheduler: SchedulerFacts, optimizer: OptimizerFacts) -> bool:
+    """Whether the rates are the same; groups that joined after the scheduler was made have none of it."""
+    pairs = zip((g.lr or 0.0 for g in optimizer.groups), scheduler.last_lr, strict=False)
+    return all(same_rate(actual, expected) for actual, expected in pairs)
+
+
+@rule(
+    "CK504",
+    "learning-rate-off-schedule",
+    Severity.WARNING,
+    compares="_last_lr with what the schedule gives at last_epoch: the state's own, and the live run's",
+    source="torch/optim/lr_scheduler.py, the closed form of each class",
+)
+def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """The restored learning rate differs from what the schedule gives at this step.
+
+    By the live Trainer's schedule: the run that resumes has another schedule (length, warm-up, base rate) than the one
+    that saved. By the state's own entries, where torch's class has a closed form: `_last_lr` is not of this state. Most
+    classes multiply the rate that they find, so that a rate set by hand stays; there it is worth knowing and no
+    warning.
+    """
+    alone = len(facts.schedulers or ()) <= max(1, len(facts.optimizers or ()))
     for scheduler in facts.schedulers or ():
-        if not scheduler.scheduled_lr or len(scheduler.scheduled_lr) != len(scheduler.last_lr):
-            continue
-        for actual, expected in zip(scheduler.last_lr, scheduler.scheduled_lr, strict=True):
-            if not _same(actual, expected):
+        if scheduler.scheduled_lr and len(scheduler.scheduled_lr) == len(scheduler.last_lr):
+            off = _first_difference(scheduler.last_lr, scheduler.scheduled_lr)
+            if off is not None:
                 yield warning(
-                    f"learning rate {actual:.6e} at scheduler step {scheduler.last_epoch}, where this run's schedule "
-                    f"gives {expected:.6e}",
+                    f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where this run's schedule "
+                    f"gives {off[1]:.6e}",
                     "scheduler",
                     "The schedule's length or base rate changed since the save: the rate will jump at the next step.",
                 )
-                break
-        else:
+                continue
             yield passed(_on_schedule(scheduler))
+        elif alone and scheduler.own_lr and len(scheduler.own_lr) == len(scheduler.last_lr):
+            off = _first_difference(scheduler.last_lr, scheduler.own_lr)
+            if off is None:
+                yield passed(_on_schedule(scheduler))
+                continue
+            message = (
+                f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where its own {scheduler.kind} "
+                f"gives {off[1]:.6e}"
+            )
+            if scheduler.kind in _RECKONED_FROM_THE_START:
+                yield warning(message, "scheduler", "The state is put together from two; use another checkpoint.")
+            else:
+                yield info(message, "scheduler", "Expected if the rate was set by hand, or by another schedule, once.")
+
+
+def _first_difference(actual: Sequence[float], expected: Sequence[float]) -> tuple[float, float] | None:
+    return next(((a, b) for a, b in zip(actual, expected, strict=True) if not same_rate(a, b)), None)
 
 
 def _on_schedule(scheduler: SchedulerFacts) -> str:
-    return f"learning rate {scheduler.last_lr[0]:.2e} is what the schedule gives at step {scheduler.last_epoch:,}"
+    step = "" if scheduler.last_epoch is None else f" at step {scheduler.last_epoch:,}"
+    return f"learning rate {scheduler.last_lr[0]:.2e} is what the schedule gives{step}"
 
 
-def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+@rule(
+    "CK505",
+    "schedule-exhausted",
+    compares="the steps left in a schedule with those left in the run",
+    source="torch/optim/lr_scheduler.py, OneCycleLR.get_lr",
+)
+def schedule_exhausted(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """A schedule of fixed length ends before the run does.
+
+    `OneCycleLR` raises ValueError at the step after its last: an error where the length of the run is known and more
+    than that is left of it, else worth knowing. Its length comes from the checkpoint, so a longer run does not help.
+    `CosineAnnealingLR` rises again after `T_max` and `PolynomialLR` stays at 0: worth knowing.
+    """
+    schedulers = facts.schedulers or ()
+    for index, scheduler in enumerate(schedulers):
+        left = _scheduler_steps_left(facts, index) if len(facts.optimizers or ()) == 1 else None
+        if scheduler.total_steps:
+            yield from _one_cycle_left(scheduler, left)
+        elif left and scheduler.curve and scheduler.kind in _COMES_BACK and scheduler.last_epoch is not None:
+            end = scheduler.curve[-1][0]
+            if scheduler.last_epoch + left > end + 1:
+                yield info(
+                    f"{scheduler.kind} reaches its end at step {end:,}, and the run goes on to "
+                    f"{scheduler.last_epoch + left:,}: {_COMES_BACK[scheduler.kind]}",
+                    "scheduler",
+                )
+
+
+def _one_cycle_left(scheduler: SchedulerFacts, left: int | None) -> Iterator[Outcome]:
+    total, done = scheduler.total_steps or 0, scheduler.last_epoch or 0
+    rest = max(0, total - done)
+    if left is not None and left > rest:
+        yield error(
+            f"the schedule has {rest:,} of {total:,} steps left and the run {left:,}: its next step after that raises "
+            "ValueError (Tried to step more often than total_steps)",
+            "scheduler",
+            "Lower max_epochs or max_steps, or train on with a fresh optimizer and a schedule of the whole length.",
+        )
+    elif done > total:
+        yield error(f"the schedule has {total:,} steps and stands at {done:,}", "scheduler", "Use another checkpoint.")
+    elif not rest and left is None:
+        yield info(
+            f"the schedule is complete: {done:,} of {total:,} steps", "scheduler", "Training on would raise ValueError."
+        )
+    else:
+        yield passed(f"the schedule has {rest:,} of {total:,} steps left")
+
+
+def _scheduler_steps_left(facts: Facts, index: int) -> int | None:
+    """How often a scheduler will step in the rest of the run; None where the length of the run is not known."""
+    run, p, plan = facts.run, facts.progress, plan_resume(facts)
+    settings = list(zip(run.scheduler_intervals, run.scheduler_frequencies, strict=False))
+    if plan is None or len(settings) != len(facts.schedulers or ()) or settings[index][1] != 1:
+        return None
+    if plan.kind == "finished":
+        return 0
+    lengths = []
+    by_step = settings[index][0] == "step"
+    if by_step and run.max_steps is not None and run.max_steps >= 0 and p.global_step is not None:
+        lengths.append(run.max_steps - p.global_step)
+    if plan.max_epochs is not None:
+        epochs = plan.max_epochs - plan.epochs_done
+        batches, accumulation = facts.batches_per_epoch, run.accumulate_grad_batches or 1
+        if not by_step:
+            lengths.append(epochs)
+        elif batches:
+            whole = math.ceil(batches / accumulation)
+            lengths.append(epochs * whole - plan.next_batch // accumulation)
+    return max(0, min(lengths)) if lengths else None
+
+
+@rule(
+    "CK506",
+    "next-learning-rates",
+    Severity.PASS,
+    compares="nothing: it lists what the schedule gives next",
+    source="torch/optim/lr_scheduler.py, the closed form of each class",
+)
+def next_learning_rates(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """Lists the learning rates that the scheduler will set next, where its state holds its whole schedule.
+
+    `LambdaLR` keeps its function out of the checkpoint and `ReduceLROnPlateau` waits for metrics: these say nothing.
+    """
+    for scheduler in facts.schedulers or ():
+        if scheduler.next_lrs:
+            rates = ", ".join(f"{rate:.2e}" for rate in scheduler.next_lrs)
+            yield passed(f"next learning rates of {scheduler.kind}: {rates}", "scheduler")
