@@ -2,224 +2,246 @@
 
 A small symbolic machine over the opcodes that torch, Lightning and transformers write. A global that the pickle names
 becomes an inert `Global`, calling it becomes an inert `Call`, torch's own rebuild functions become `TensorDescriptor`s.
-Nothing is imported, nothing is called, and work and memory are bounded by the length of the bytes.
+Nothing is imported and nothing is called. Work and memory are bounded: whatever up to 64 MB of bytes say, reading them
+ends within two seconds and 256 MB. The value that comes out is a tree of at most `MAX_VALUES` values and `MAX_DEPTH`
+levels (what refers to itself is cut there), so that whoever walks it may recurse.
 
-Opcodes: Lib/pickletools.py of CPython. The arguments of torch's rebuild functions: torch/_utils.py; the persistent id
-of a storage: torch/serialization.py.
+Opcodes: Lib/pickletools.py of CPython.
 """
 
 from __future__ import annotations
 
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-MAX_OPCODES = 2_000_000
-"""About 8 times what a checkpoint of 6,000 tensors needs, and about two seconds of work."""
+from enstack_lightning.checkpoint.facts import OddityKind
+from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, REBUILD, TENSOR_MODULES, odd_tensors, storage_of
+from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSEEN, untangled
+from enstack_lightning.checkpoint.pickle_values import (
+    CONTAINERS,
+    DTYPE_BYTES,
+    STORAGE_DTYPES,
+    Call,
+    Global,
+    Loop,
+    PickleDefectError,
+    StorageDescriptor,
+    TensorDescriptor,
+    Unpickled,
+    Work,
+)
+
+__all__ = [
+    "DTYPE_BYTES",
+    "MAX_DEPTH",
+    "MAX_OPCODES",
+    "MAX_VALUES",
+    "STORAGE_DTYPES",
+    "Call",
+    "Global",
+    "Loop",
+    "PickleDefectError",
+    "StorageDescriptor",
+    "TensorDescriptor",
+    "Unpickled",
+    "read_pickle",
+    "read_pickle_at",
+]
+
+MAX_OPCODES = 1_500_000
+"""Eight times what a checkpoint of 6,000 tensors needs, and about a second of work."""
 
 MAX_GLOBAL_NAME = 1_024
+MAX_GLOBALS = 10_000
+_MAX_WIDE_TEXT = 4 * 2**20
+_INT32, _UINT16, _FLOAT64 = struct.Struct("<i"), struct.Struct("<H"), struct.Struct(">d")
 
 
-class PickleDefectError(ValueError):
-    """The bytes are no pickle that this reader understands, cut short, or built to do harm.
-
-    Attributes:
-        cut_short: the bytes ended before the pickle did, so that more of them may make it whole.
-    """
-
-    cut_short = False
-
-
-class _CutShortError(PickleDefectError):
-    cut_short = True
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name that the pickle would import, kept as a name."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Call:
-    """What the pickle would call, with what, kept as data."""
-
-    function: object
-    args: tuple[Any, ...]
-    state: object = None
-    entries: dict[Any, Any] = field(default_factory=dict)
-    items: list[Any] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"<{self.function}>"
-
-
-@dataclass(frozen=True)
-class StorageDescriptor:
-    """Where a tensor's bytes lie: the record `data/<key>`, `numel` elements of `dtype`.
-
-    Attributes:
-        view: key, offset and length in elements of the part of it that is meant; torch before 0.4 saved such views.
-    """
-
-    key: str
-    dtype: str
-    numel: int
-    location: str
-    view: tuple[str, int, int] | None = None
-
-
-@dataclass(frozen=True)
-class TensorDescriptor:
-    """A tensor by its header: `shape` and `stride` in elements, `offset` in elements into its storage."""
-
-    storage: StorageDescriptor | None
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class Unpickled:
-    """The top-level value, every global that the pickle names and every tensor that it describes.
-
-    Attributes:
-        storages: the storages by their persistent ids, in the order in which the pickle first names them.
-    """
-
-    value: Any
-    globals: tuple[Global, ...]
-    tensors: tuple[TensorDescriptor, ...]
-    storages: tuple[StorageDescriptor, ...] = ()
-
-
-STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "UntypedStorage": "uint8",
-    "QUInt8Storage": "quint8",
-    "QInt8Storage": "qint8",
-    "QInt32Storage": "qint32",
-}
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "uint16": 2,
-    "uint32": 4,
-    "uint64": 8,
-    "bool": 1,
-    "complex128": 16,
-    "complex64": 8,
-    "complex32": 4,
-    "quint8": 1,
-    "qint8": 1,
-    "qint32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-}
-
-_MARK = object()
-_SCALARS = (str, int, float, bool, bytes, type(None), Global)
-_KEYS = (*_SCALARS, Call)  # a Call is a key by identity; `torch.distributed.checkpoint` has objects as keys
-
-
-def read_pickle(data: bytes) -> Unpickled:
+def read_pickle(data: bytes, max_opcodes: int = MAX_OPCODES) -> Unpickled:
     """Reads one pickle that fills `data` from its first to its last byte.
 
     Raises:
         PickleDefectError: the pickle is cut short, malformed, uses an opcode that no checkpoint needs, is followed by
             further bytes, or asks for more work than any checkpoint does.
     """
-    machine = _Machine(data)
-    content = machine.run()
+    machine = _Machine(data, 0, max_opcodes)
+    unpickled = machine.run()
     if machine.at != len(data):
-        raise PickleDefectError(f"{len(data) - machine.at:,} bytes follow the end of the pickle")
-    return content
+        error = PickleDefectError(f"{len(data) - machine.at:,} bytes follow the end of the pickle")
+        error.globals = unpickled.globals
+        raise error
+    return unpickled
 
 
-def read_pickle_at(data: bytes, start: int) -> tuple[Unpickled, int]:
-    """Reads the pickle that begins at `start`, and says where it ends.
+def read_pickle_at(data: bytes, start: int, max_opcodes: int = MAX_OPCODES) -> tuple[Unpickled, int]:
+    """Reads the pickle that begins at byte `start` of `data`; returns it and where it ends.
+
+    For the files of torch before 1.6, in which several pickles stand one after another: here a persistent id may have
+    a view's metadata, or name a module's class.
 
     Raises:
-        PickleDefectError: as for `read_pickle`, but that further bytes may follow.
+        PickleDefectError: as `read_pickle`, but for the bytes that follow.
     """
-    machine = _Machine(data, start)
+    machine = _Machine(data, start, max_opcodes, legacy=True)
     return machine.run(), machine.at
 
 
 class _Machine:
-    def __init__(self, data: bytes, start: int = 0) -> None:
+    def __init__(self, data: bytes, start: int, max_opcodes: int, legacy: bool = False) -> None:
         self.data = data
         self.at = start
+        self.end = len(data)
+        self.max_opcodes = max_opcodes
+        self.legacy = legacy
+        self.protocol = 0
         self.stack: list[Any] = []
+        self.below_marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.globals: dict[Global, None] = {}
+        self.shared: dict[int, int] = {}
+        self.globals: dict[tuple[str, str], Global] = {}
+        self.storages: dict[tuple[str, tuple[str, int, int] | None], StorageDescriptor] = {}
+        self.storage_headers: dict[str, tuple[str, int, str]] = {}
         self.tensors: list[TensorDescriptor] = []
-        self.storages: dict[StorageDescriptor, None] = {}
+        self.work = Work()
 
     def run(self) -> Unpickled:
-        data, dispatch = self.data, _DISPATCH
-        if not data:
-            raise PickleDefectError("the pickle is empty")
-        for _ in range(MAX_OPCODES):
-            if self.at >= len(data):
-                raise _CutShortError(f"the pickle ends after {len(data):,} bytes without its STOP opcode")
-            opcode = data[self.at]
-            self.at += 1
-            if opcode == _STOP:
-                return self._stop()
-            method = dispatch.get(opcode)
-            if method is None:
+        try:
+            self.begin()
+            self.step_to_the_end()
+            return self.stop()
+        except PickleDefectError as e:
+            e.globals = tuple(self.globals.values())
+            raise
+        except (LookupError, TypeError, ValueError, struct.error, RecursionError, OverflowError) as e:
+            cut_short = isinstance(e, IndexError | struct.error) and self.at + 8 >= len(self.data)
+            error = PickleDefectError(
+                f"the pickle is malformed before byte {self.at:,} ({type(e).__name__})", cut_short
+            )
+            error.globals = tuple(self.globals.values())
+            raise error from e
+
+    def begin(self) -> None:
+        head = self.data[self.at : self.at + 2]
+        if len(head) < 2:
+            raise PickleDefectError(f"the pickle ends after {len(head)} bytes", cut_short=True)
+        if head[0] != 0x80 or not 2 <= head[1] <= 5:
+            raise PickleDefectError(f"it begins with {head.hex(' ')}, not as a pickle of protocol 2 to 5 does")
+        self.protocol = head[1]
+        self.at += 2
+
+    def step_to_the_end(self) -> None:
+        """Runs opcodes until STOP. Those that make up nine tenths of a checkpoint are written out for speed."""
+        data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
+        stack, at, end = self.stack, self.at, self.end
+        containers, unpack_from = CONTAINERS, struct.unpack_from
+        try:
+            for _ in range(self.max_opcodes):
+                if at >= end:
+                    self.at = at
+                    end = self.leave_frame()
+                opcode = data[at]
+                at += 1
+                if opcode == 0x71:  # BINPUT
+                    memo[data[at]] = stack[-1]
+                    at += 1
+                elif opcode == 0x72:  # LONG_BINPUT
+                    memo[unpack_from("<I", data, at)[0]] = stack[-1]
+                    at += 4
+                elif opcode == 0x94:  # MEMOIZE
+                    memo[len(memo)] = stack[-1]
+                elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
+                    if opcode == 0x68:
+                        value = memo[data[at]]
+                        at += 1
+                    else:
+                        value = memo[unpack_from("<I", data, at)[0]]
+                        at += 4
+                    if value.__class__ in containers:
+                        shared[id(value)] = UNSEEN
+                    stack.append(value)
+                elif opcode == 0x4B:  # BININT1
+                    stack.append(data[at])
+                    at += 1
+                elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
+                    if opcode == 0x58:
+                        length = unpack_from("<I", data, at)[0]
+                        at += 4
+                    else:
+                        length = data[at]
+                        at += 1
+                    raw = data[at : at + length]
+                    if raw.isascii() and at + length <= end:
+                        stack.append(raw.decode("ascii"))
+                    else:
+                        self.at = at
+                        self.text(length)
+                    raw = b""
+                    at += length
+                elif opcode == 0x28:  # MARK
+                    self.below_marks.append(stack)
+                    stack = self.stack = []
+                elif opcode == 0x74:  # TUPLE
+                    values = tuple(stack)
+                    stack = self.stack = self.below_marks.pop()
+                    stack.append(values)
+                elif opcode == 0x86:  # TUPLE2
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                elif opcode == 0x85:  # TUPLE1
+                    stack[-1] = (stack[-1],)
+                elif opcode == 0x29:  # EMPTY_TUPLE
+                    stack.append(())
+                elif opcode == 0x2E:  # STOP
+                    break
+                else:
+                    self.at = at
+                    dispatch[opcode](self)
+                    at, end, stack = self.at, self.end, self.stack
+            else:
                 raise PickleDefectError(
-                    f"opcode 0x{opcode:02x} at byte {self.at - 1:,} is none that a checkpoint is written with"
+                    f"the pickle has more than {self.max_opcodes:,} opcodes; no checkpoint needs that many"
                 )
-            try:
-                method(self)
-            except PickleDefectError:
-                raise
-            except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
-                raise PickleDefectError(f"the pickle is malformed at byte {self.at - 1:,} ({type(e).__name__})") from e
-        raise PickleDefectError(f"the pickle has more than {MAX_OPCODES:,} opcodes; no checkpoint needs that many")
+        finally:
+            self.at = at
 
-    def _stop(self) -> Unpickled:
-        if len(self.stack) != 1 or self.stack[0] is _MARK:
-            raise PickleDefectError(f"the pickle ends with {len(self.stack)} values on its stack instead of one")
-        return Unpickled(self.stack[0], tuple(self.globals), tuple(self.tensors), tuple(self.storages))
+    def leave_frame(self) -> int:
+        """At the end of a frame or of the pickle: the new end."""
+        if self.at == self.end < len(self.data):
+            self.end = len(self.data)
+            return self.end
+        if self.end < len(self.data):
+            raise PickleDefectError(f"an opcode reaches beyond its frame, which ends at byte {self.end:,}")
+        raise PickleDefectError(
+            f"the pickle ends after {len(self.data):,} bytes without its STOP opcode", cut_short=True
+        )
 
-    # Reading arguments
+    def stop(self) -> Unpickled:
+        if self.at != self.end < len(self.data):
+            raise PickleDefectError(f"the pickle ends before its frame does, at byte {self.end:,}")
+        if len(self.stack) != 1 or self.below_marks:
+            left = len(self.stack) + sum(map(len, self.below_marks))
+            raise PickleDefectError(
+                f"the pickle ends with {left:,} values and {len(self.below_marks):,} marks on its stack, not one value"
+            )
+        self.memo.clear()
+        value, loops = untangled(self.stack[0], self.shared)
+        oddities = tuple(odd_tensors(self.tensors))
+        if loops:
+            message = f"{loops:,} of its values refer back to a value that they lie in"
+            oddities = (*oddities, (OddityKind.CYCLE, message))
+        return Unpickled(
+            value, tuple(self.globals.values()), tuple(self.tensors), tuple(self.storages.values()), oddities
+        )
+
+    # Bounds
 
     def take(self, count: int) -> bytes:
-        if count < 0 or count > len(self.data) - self.at:
-            raise _CutShortError(
-                f"the pickle asks for {count:,} bytes at byte {self.at:,} and has {len(self.data) - self.at:,} left"
+        if count > self.end - self.at:
+            raise PickleDefectError(
+                f"the pickle asks for {count:,} bytes at byte {self.at:,} and has {self.end - self.at:,} left",
+                cut_short=self.end == len(self.data),
             )
         taken = self.data[self.at : self.at + count]
         self.at += count
@@ -230,284 +252,269 @@ class _Machine:
         return int(value)
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + MAX_GLOBAL_NAME)
+        end = self.data.find(b"\n", self.at, min(self.end, self.at + MAX_GLOBAL_NAME))
         if end < 0:
-            kind = _CutShortError if len(self.data) - self.at < MAX_GLOBAL_NAME else PickleDefectError
-            raise kind(f"a name at byte {self.at:,} has no end within {MAX_GLOBAL_NAME:,} bytes")
+            raise PickleDefectError(
+                f"a name at byte {self.at:,} has no end within {MAX_GLOBAL_NAME:,} bytes",
+                cut_short=len(self.data) - self.at < MAX_GLOBAL_NAME,
+            )
         taken = self.data[self.at : end]
         self.at = end + 1
         return taken.decode("utf-8")
 
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise PickleDefectError(f"a value is missing on the stack at byte {self.at - 1:,}")
-        return value
-
     def pop_to_mark(self) -> list[Any]:
-        stack = self.stack
-        for i in range(len(stack) - 1, -1, -1):
-            if stack[i] is _MARK:
-                values = stack[i + 1 :]
-                del stack[i:]
-                return values
-        raise PickleDefectError(f"no mark on the stack at byte {self.at - 1:,}")
+        if not self.below_marks:
+            raise PickleDefectError(f"no mark on the stack at byte {self.at - 1:,}")
+        values, self.stack = self.stack, self.below_marks.pop()
+        return values
 
     # Opcodes
 
-    def proto(self) -> None:
-        version = self.number("<B")
-        if not 2 <= version <= 5:
-            raise PickleDefectError(f"pickle protocol {version} is not one of 2 to 5")
+    def refuse(self) -> None:
+        opcode = self.data[self.at - 1]
+        if opcode == 0x69:  # INST: its name is worth knowing
+            self.global_name(self.line(), self.line())
+        raise PickleDefectError(
+            f"opcode 0x{opcode:02x} at byte {self.at - 1:,} is none that a checkpoint is written with"
+        )
 
     def frame(self) -> None:
         length = self.number("<Q")
+        if self.protocol < 4 or self.end != len(self.data):
+            raise PickleDefectError(f"a frame begins at byte {self.at - 9:,}, where none can")
         if length > len(self.data) - self.at:
-            raise _CutShortError(
-                f"a frame of {length:,} bytes begins with {len(self.data) - self.at:,} bytes left in the pickle"
+            raise PickleDefectError(
+                f"a frame of {length:,} bytes begins with {len(self.data) - self.at:,} bytes left in the pickle",
+                cut_short=True,
             )
+        self.end = self.at + length
 
-    def tuple_of(self, count: int) -> None:
-        values = tuple(self.pop() for _ in range(count))
-        self.stack.append(values[::-1])
+    def tuple3(self) -> None:
+        stack = self.stack
+        third, second = stack.pop(), stack.pop()
+        stack[-1] = (stack[-1], second, third)
 
     def append(self) -> None:
-        value = self.pop()
-        _extend(self.stack[-1], [value])
+        value = self.stack.pop()
+        _list_of(self.stack[-1]).append(value)
 
     def appends(self) -> None:
         values = self.pop_to_mark()
-        _extend(self.stack[-1], values)
+        _list_of(self.stack[-1]).extend(values)
+
+    def empty_set(self) -> None:
+        self.work.spend(3)  # it takes three times the memory of a list
+        self.stack.append(set())
 
     def additems(self) -> None:
         values = self.pop_to_mark()
         target = self.stack[-1]
-        if not isinstance(target, set):
+        if isinstance(target, Call):
+            _list_of(target).extend(values)
+        elif isinstance(target, set):
+            target.update(self.work.keys(values))
+        else:
             raise PickleDefectError(f"ADDITEMS on a {type(target).__name__}")
-        target.update(_key(v) for v in values)
+
+    def frozen_set(self) -> None:
+        values = self.pop_to_mark()
+        self.work.spend(3)
+        self.stack.append(frozenset(self.work.keys(values)))
 
     def setitem(self) -> None:
-        value = self.pop()
-        key = self.pop()
-        _entries(self.stack[-1])[_key(key)] = value
+        value, key = self.stack.pop(), self.stack.pop()
+        self.work.set_items(self.stack[-1], (key, value))
 
     def setitems(self) -> None:
         values = self.pop_to_mark()
         if len(values) % 2:
             raise PickleDefectError(f"a key without a value at byte {self.at - 1:,}")
-        entries = _entries(self.stack[-1])
-        for i in range(0, len(values), 2):
-            entries[_key(values[i])] = values[i + 1]
+        self.work.set_items(self.stack[-1], values)
+
+    def integer(self) -> None:
+        self.stack.append(_INT32.unpack_from(self.data, self.at)[0])
+        self.at += 4
+
+    def integer2(self) -> None:
+        self.stack.append(_UINT16.unpack_from(self.data, self.at)[0])
+        self.at += 2
 
     def long1(self) -> None:
-        self.stack.append(int.from_bytes(self.take(self.number("<B")), "little", signed=True))
+        length = self.data[self.at]
+        self.at += 1
+        self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
-    def text(self, form: str) -> None:
-        self.stack.append(self.take(self.number(form)).decode("utf-8", "surrogatepass"))
+    def float8(self) -> None:
+        self.stack.append(_FLOAT64.unpack_from(self.data, self.at)[0])
+        self.at += 8
 
-    def latin_text(self, form: str) -> None:
-        self.stack.append(self.take(self.number(form)).decode("latin-1"))
+    def text(self, length: int) -> None:
+        """A text of `length` bytes from here on that is not all ASCII."""
+        start = self.at
+        raw = self.take(length)
+        self.at = start
+        if length > _MAX_WIDE_TEXT and not raw.isascii():
+            raise PickleDefectError(f"a text of {length:,} bytes begins at byte {start:,}")
+        self.work.spend(1 + length // 16)  # a text takes four bytes a character as soon as one of them needs these
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            # Half of a surrogate pair, as in a file name that is not UTF-8. Each takes as long as ten opcodes.
+            self.work.spend(10 * raw.count(0xED))
+            text = raw.decode("utf-8", "surrogatepass")
+        self.stack.append(text)
+
+    def long_text(self, form: str) -> None:
+        length = self.number(form)
+        self.text(length)
+        self.at += length
+
+    def text_of_python_2(self, form: str) -> None:
+        length = self.number(form)
+        if length < 0:
+            raise PickleDefectError(f"a text of {length:,} bytes begins at byte {self.at:,}")
+        self.stack.append(self.take(length).decode("utf-8"))  # as torch.load reads it by default
 
     def binary(self, form: str) -> None:
         self.stack.append(self.take(self.number(form)))
 
-    def put(self, index: int) -> None:
-        value = self.stack[-1]
-        if value is _MARK:
-            raise PickleDefectError(f"a mark is put into the memo at byte {self.at - 1:,}")
-        self.memo[index] = value
+    def named(self) -> None:
+        module, name = self.line(), self.line()
+        if self.protocol < 3:
+            # A pickle of protocol 2 has the names of Python 2, and every reader puts those of Python 3 for them.
+            if (module, name) in NAME_MAPPING:
+                module, name = NAME_MAPPING[module, name]
+            else:
+                module = IMPORT_MAPPING.get(module, module)
+        self.global_name(module, name)
 
-    def get(self, index: int) -> None:
-        if index not in self.memo:
-            raise PickleDefectError(f"memo value {index:,} is used at byte {self.at - 1:,} and was never set")
-        self.stack.append(self.memo[index])
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.global_name(module, name)
 
     def global_name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleDefectError("a global is named by values that are not text")
-        if len(module) + len(name) > MAX_GLOBAL_NAME:
-            raise PickleDefectError(f"a global's name is longer than {MAX_GLOBAL_NAME:,} characters")
-        symbol = Global(module, name)
-        self.globals[symbol] = None
+            raise PickleDefectError(f"a global is named at byte {self.at - 1:,} by values that are not text")
+        symbol = self.globals.get((module, name))
+        if symbol is None:
+            if len(module) + len(name) > MAX_GLOBAL_NAME:
+                raise PickleDefectError(f"a global's name is longer than {MAX_GLOBAL_NAME:,} characters")
+            if not module or not name or not (module + name).isprintable() or " " in module + name:
+                raise PickleDefectError(f"a global is called {module!r}, {name!r}, which is no name")
+            if len(self.globals) == MAX_GLOBALS:
+                raise PickleDefectError(f"the pickle names more than {MAX_GLOBALS:,} globals")
+            symbol = self.globals[module, name] = Global(module, name)
         self.stack.append(symbol)
 
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
-        self.global_name(module, name)
-
     def reduce(self) -> None:
-        args, function = self.pop(), self.pop()
-        if not isinstance(args, tuple):
+        args = self.stack.pop()
+        function = self.stack[-1]
+        if args.__class__ is not tuple:
             raise PickleDefectError(f"arguments that are no tuple at byte {self.at - 1:,}")
-        result = _call(function, args)
-        if isinstance(result, TensorDescriptor):
-            self.tensors.append(result)
-        self.stack.append(result)
+        rebuild = REBUILD.get(function) if function.__class__ is Global else None
+        if rebuild is not None:
+            result = rebuild(self.work, args)
+            if result.__class__ is TensorDescriptor:
+                self.tensors.append(result)
+        else:
+            result = self.call(function, args)
+        self.stack[-1] = result
+
+    def new_object(self) -> None:
+        args = self.stack.pop()
+        function = self.stack[-1]
+        if args.__class__ is not tuple:
+            raise PickleDefectError(f"arguments that are no tuple at byte {self.at - 1:,}")
+        if function == ORDERED_DICT and not args:
+            self.stack[-1] = {}
+        elif function in REBUILD:
+            # `__new__` leaves the arguments out that `__init__` would have taken: not what a pickler writes.
+            raise PickleDefectError(f"{function} is made in a way that torch does not write at byte {self.at - 1:,}")
+        else:
+            self.stack[-1] = self.call(function, args)
+
+    def call(self, function: object, args: tuple[Any, ...]) -> Call:
+        if isinstance(function, Global):
+            if function.module in TENSOR_MODULES and function.name.endswith(("Tensor", "Storage")):
+                # weights_only allows these, and they take as much memory as their argument says.
+                raise PickleDefectError(f"{function} is called, which torch has not written since 0.1")
+            if function.module == "torch" and function.name in DTYPE_BYTES:
+                raise PickleDefectError(f"{function} is called, and is a dtype")
+        elif not isinstance(function, Call):
+            raise PickleDefectError(f"a {type(function).__name__} is called at byte {self.at - 1:,}")
+        return Call(function, args)
 
     def build(self) -> None:
-        state = self.pop()
+        state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Call):
+            if target.state is not None:
+                raise PickleDefectError(f"the state of {target} is set twice, at byte {self.at - 1:,} again")
             target.state = state
-        elif not isinstance(target, dict):
+        elif not isinstance(target, dict) or not isinstance(state, dict):
             # OrderedDicts of modules carry a `_metadata` attribute; anything else has no state to set.
             raise PickleDefectError(f"BUILD on a {type(target).__name__} at byte {self.at - 1:,}")
 
     def persistent_id(self) -> None:
-        storage = _storage(self.pop())
-        self.storages[storage] = None
-        self.stack.append(storage)
+        pid = self.stack.pop()
+        if self.legacy and isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            self.stack.append(pid[1])  # the class of a module, and its source code, which torch would compare
+            return
+        storage = storage_of(pid, self.legacy)
+        header = storage.dtype, storage.numel, storage.location
+        known = self.storage_headers.setdefault(storage.key, header)
+        if known != header:
+            raise PickleDefectError(
+                f"storage {storage.key!r:.40} is {known[1]:,} elements of {known[0]} on {known[2]!r:.40} in one place "
+                f"and {storage.numel:,} of {storage.dtype} on {storage.location!r:.40} in another"
+            )
+        self.stack.append(self.storages.setdefault((storage.key, storage.view), storage))
 
 
-def _extend(target: object, values: list[Any]) -> None:
+def _list_of(target: object) -> list[Any]:
     if isinstance(target, Call):
+        if target.items == ():
+            target.items = []
         target = target.items
     if not isinstance(target, list):
         raise PickleDefectError(f"items are appended to a {type(target).__name__}")
-    target.extend(values)
-
-
-def _entries(target: object) -> dict[Any, Any]:
-    if isinstance(target, Call):
-        return target.entries
-    if not isinstance(target, dict):
-        raise PickleDefectError(f"items are set on a {type(target).__name__}")
     return target
 
 
-def _key(value: Any) -> Any:
-    # Hashing a deeply nested tuple overflows the C stack, so keys are scalars or flat tuples of scalars.
-    if isinstance(value, _KEYS) or (isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value)):
-        return value
-    raise PickleDefectError(f"a {type(value).__name__} is used as a key")
-
-
-def _storage(pid: object) -> StorageDescriptor:
-    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-        raise PickleDefectError("a persistent id does not name a torch storage")
-    storage_type, key, location, numel = pid[1:5]
-    if not isinstance(storage_type, Global) or storage_type.name not in STORAGE_DTYPES:
-        raise PickleDefectError(f"storage type {storage_type} is not known")
-    if not isinstance(key, str) or not isinstance(location, str) or type(numel) is not int or numel < 0:
-        raise PickleDefectError("a storage's persistent id has a field of the wrong type")
-    view = pid[5] if len(pid) == 6 else None
-    if view is not None and not _is_view(view):
-        raise PickleDefectError(f"a view of storage {key} is described by {view!r:.100}")
-    return StorageDescriptor(key, STORAGE_DTYPES[storage_type.name], numel, location, view)
-
-
-def _is_view(view: object) -> bool:
-    if not isinstance(view, tuple) or len(view) != 3:
-        return False
-    key, offset, size = view
-    return isinstance(key, str) and type(offset) is int and type(size) is int and offset >= 0 and size >= 0
-
-
-def _rebuild_tensor(args: tuple[Any, ...]) -> TensorDescriptor:
-    storage, offset, shape, stride = args[:4]
-    if not isinstance(storage, StorageDescriptor):
-        raise PickleDefectError("a tensor is built from something that is no storage")
-    return _tensor(storage, storage.dtype, shape, stride, offset)
-
-
-def _rebuild_tensor_v3(args: tuple[Any, ...]) -> TensorDescriptor:
-    # (storage, offset, size, stride, requires_grad, backward_hooks, dtype[, metadata])
-    storage, offset, shape, stride, dtype = args[0], args[1], args[2], args[3], args[6]
-    if not isinstance(storage, StorageDescriptor) or not isinstance(dtype, Global):
-        raise PickleDefectError("a tensor is built from something that is no storage or no dtype")
-    return _tensor(storage, dtype.name, shape, stride, offset)
-
-
-def _tensor(storage: StorageDescriptor, dtype: str, shape: Any, stride: Any, offset: Any) -> TensorDescriptor:
-    shape, stride = _sizes(shape), _sizes(stride)
-    if len(shape) != len(stride) or type(offset) is not int or offset < 0:
-        raise PickleDefectError(f"a tensor has {len(shape)} sizes, {len(stride)} strides and offset {offset!r}")
-    return TensorDescriptor(storage, dtype, shape, stride, offset)
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or any(type(v) is not int or v < 0 for v in value):
-        raise PickleDefectError("a tensor's shape or stride is not a list of whole numbers from 0 up")
-    return tuple(value)
-
-
-def _ordered_dict(args: tuple[Any, ...]) -> Any:
-    if not args:
-        return {}
-    pairs = args[0]
-    return {_key(k): v for k, v in pairs} if isinstance(pairs, list) else Call(_ORDERED_DICT, args)
-
-
-def _first_argument(args: tuple[Any, ...]) -> Any:
-    return args[0]
-
-
-def _size(args: tuple[Any, ...]) -> tuple[int, ...]:
-    return _sizes(args[0]) if args else ()
-
-
-_ORDERED_DICT = Global("collections", "OrderedDict")
-
-_REBUILD: dict[Global, Callable[[tuple[Any, ...]], Any]] = {
-    _ORDERED_DICT: _ordered_dict,
-    Global("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    Global("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    Global("torch._utils", "_rebuild_parameter"): _first_argument,
-    Global("torch._utils", "_rebuild_parameter_with_state"): _first_argument,
-    Global("torch", "Size"): _size,
-}
-
-
-def _call(function: object, args: tuple[Any, ...]) -> Any:
-    rebuild = _REBUILD.get(function) if isinstance(function, Global) else None
-    return Call(function, args) if rebuild is None else rebuild(args)
-
-
-_STOP = ord(".")
-
-_DISPATCH: dict[int, Callable[[_Machine], None]] = {
-    0x80: _Machine.proto,
+# Left out on purpose, and so refused: the text opcodes of protocols 0 and 1; INST, OBJ and EXT, other ways to call;
+# DUP, and POP and POP_MARK, which hide what was called (a pickler writes POP only for a tuple that holds itself);
+# NEWOBJ_EX and LONG4, which no checkpoint has; PERSID and the buffers of another process.
+_OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x95: _Machine.frame,
-    ord("("): lambda m: m.stack.append(_MARK),
-    ord("}"): lambda m: m.stack.append({}),
-    ord("]"): lambda m: m.stack.append([]),
-    ord(")"): lambda m: m.stack.append(()),
-    0x8F: lambda m: m.stack.append(set()),
-    ord("t"): lambda m: m.stack.append(tuple(m.pop_to_mark())),
-    0x85: lambda m: m.tuple_of(1),
-    0x86: lambda m: m.tuple_of(2),
-    0x87: lambda m: m.tuple_of(3),
-    ord("a"): _Machine.append,
-    ord("e"): _Machine.appends,
+    0x7D: lambda m: m.stack.append({}),
+    0x5D: lambda m: m.stack.append([]),
+    0x8F: _Machine.empty_set,
+    0x91: _Machine.frozen_set,
+    0x87: _Machine.tuple3,
+    0x61: _Machine.append,
+    0x65: _Machine.appends,
     0x90: _Machine.additems,
-    ord("s"): _Machine.setitem,
-    ord("u"): _Machine.setitems,
-    ord("N"): lambda m: m.stack.append(None),
+    0x73: _Machine.setitem,
+    0x75: _Machine.setitems,
+    0x4E: lambda m: m.stack.append(None),
     0x88: lambda m: m.stack.append(True),
     0x89: lambda m: m.stack.append(False),
-    ord("J"): lambda m: m.stack.append(m.number("<i")),
-    ord("K"): lambda m: m.stack.append(m.number("<B")),
-    ord("M"): lambda m: m.stack.append(m.number("<H")),
+    0x4A: _Machine.integer,
+    0x4D: _Machine.integer2,
     0x8A: _Machine.long1,
-    ord("G"): lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0]),
-    ord("X"): lambda m: m.text("<I"),
-    0x8C: lambda m: m.text("<B"),
-    0x8D: lambda m: m.text("<Q"),
-    ord("B"): lambda m: m.binary("<I"),
-    ord("C"): lambda m: m.binary("<B"),
+    0x47: _Machine.float8,
+    0x8D: lambda m: m.long_text("<Q"),
+    0x42: lambda m: m.binary("<I"),
+    0x43: lambda m: m.binary("<B"),
     0x8E: lambda m: m.binary("<Q"),
-    ord("T"): lambda m: m.latin_text("<i"),
-    ord("U"): lambda m: m.latin_text("<B"),
-    ord("q"): lambda m: m.put(m.number("<B")),
-    ord("r"): lambda m: m.put(m.number("<I")),
-    0x94: lambda m: m.put(len(m.memo)),
-    ord("h"): lambda m: m.get(m.number("<B")),
-    ord("j"): lambda m: m.get(m.number("<I")),
-    ord("c"): lambda m: m.global_name(m.line(), m.line()),
+    0x96: lambda m: m.binary("<Q"),
+    0x54: lambda m: m.text_of_python_2("<i"),
+    0x55: lambda m: m.text_of_python_2("<B"),
+    0x63: _Machine.named,
     0x93: _Machine.stack_global,
-    ord("R"): _Machine.reduce,
-    0x81: _Machine.reduce,
-    ord("b"): _Machine.build,
-    ord("Q"): _Machine.persistent_id,
+    0x52: _Machine.reduce,
+    0x81: _Machine.new_object,
+    0x62: _Machine.build,
+    0x51: _Machine.persistent_id,
 }
+_DISPATCH = [_OPCODES.get(opcode, _Machine.refuse) for opcode in range(256)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_the_facts_are_those_that_torch_loads(trained: Path) -> None:
 
 def test_tensors_of_every_dtype_are_read(tmp_path: Path, trained: Path) -> None:
     dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
-    names = {str(d).removeprefix("torch.") for d in dtypes} & set(DTYPE_BYTES) - {"quint8", "qint8", "qint32"}
+    cannot_be_filled = re.compile("q|bits|u?int[1-7]$|float4")
+    names = {n for d in dtypes if not cannot_be_filled.match(n := str(d).removeprefix("torch."))} & set(DTYPE_BYTES)
     assert len(names) > 18
     tensors = {name: torch.zeros(3, 2).to(getattr(torch, name)) for name in sorted(names - {"float8_e8m0fnu"})}
     path = edited(trained / "step=7.ckpt", tmp_path / "t.ckpt", lambda c: c.update(state_dict=tensors))

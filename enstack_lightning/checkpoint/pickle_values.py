@@ -1,0 +1,249 @@
+"""What a pickle is read into: inert symbols for what it names and calls, descriptors for its storages and tensors.
+
+Here are also the bounds on what a pickle may hold, as far as its values' own nature sets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from enstack_lightning.checkpoint.facts import OddityKind
+
+MAX_KEY_LENGTH = 8_192
+MAX_WORK = 1_000_000
+_MAX_INT_KEY = 2**60
+
+
+class PickleDefectError(ValueError):
+    """The bytes are no pickle that this reader understands, cut short, or built to do harm.
+
+    Attributes:
+        globals: the names that the pickle would have imported until there; judge them all the same.
+        cut_short: the bytes ended before the pickle did, so that more of them may make it whole.
+    """
+
+    def __init__(self, message: str, cut_short: bool = False) -> None:
+        super().__init__(message)
+        self.globals: tuple[Global, ...] = ()
+        self.cut_short = cut_short
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle would import, kept as a name. Judge `module` and `name` apart: both may hold dots."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_NO_ENTRIES: Mapping[Any, Any] = MappingProxyType({})
+
+
+class Call:
+    """What the pickle would call, with what, kept as data. Calls are equal only to themselves.
+
+    Attributes:
+        function: a `Global`, or the `Call` that would have made the function.
+        state: what `__setstate__` would be given.
+        entries: what would be set by key.
+        items: what would be appended or added.
+    """
+
+    __slots__ = ("args", "entries", "function", "items", "state")
+
+    def __init__(self, function: object, args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.args = args
+        self.state: Any = None
+        self.entries = _NO_ENTRIES
+        self.items: Sequence[Any] = ()
+
+    def __repr__(self) -> str:
+        return f"<{self.function}>"
+
+
+class Loop:
+    """Stands where a value refers back to one that it lies in."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<loop>"
+
+
+@dataclass(frozen=True, slots=True)
+class StorageDescriptor:
+    """Where a tensor's bytes lie: the record `data/<key>`, `numel` elements of `dtype`.
+
+    Attributes:
+        location: the device it was on, such as `cpu` or `cuda:0`.
+        view: key, offset and length in elements of the part of it that is meant; torch before 0.4 saved such views.
+            The offset of a tensor in it counts from there.
+    """
+
+    key: str
+    dtype: str
+    numel: int
+    location: str
+    view: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDescriptor:
+    """A tensor by its header: `shape` and `stride` in elements, `offset` in elements into its storage.
+
+    Attributes:
+        storage: None where the file holds no bytes for it: a tensor on the meta device, or one made of `parts`.
+        layout: `strided`, or that of a sparse tensor: `sparse_coo`, `sparse_csr`, …
+        parts: the tensors that a sparse one is made of, its values last.
+    """
+
+    storage: StorageDescriptor | None
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    layout: str = "strided"
+    parts: tuple[TensorDescriptor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """What a pickle holds.
+
+    Attributes:
+        value: the top-level value.
+        globals: every name that the pickle would import.
+        tensors: every tensor that it describes, also those that `value` does not lead to.
+        storages: every storage that it refers to, in the order in which it first names them.
+        oddities: what is valid and unusual, each with a sentence.
+    """
+
+    value: Any
+    globals: tuple[Global, ...]
+    tensors: tuple[TensorDescriptor, ...]
+    storages: tuple[StorageDescriptor, ...] = ()
+    oddities: tuple[tuple[OddityKind, str], ...] = ()
+
+
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "UntypedStorage": "uint8",
+    "QUInt8Storage": "quint8",
+    "QInt8Storage": "qint8",
+    "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+}
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "bool": 1,
+    "complex128": 16,
+    "complex64": 8,
+    "complex32": 4,
+    "quint8": 1,
+    "qint8": 1,
+    "qint32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    # Several numbers in a byte; one element is the whole byte.
+    "float4_e2m1fn_x2": 1,
+    "quint4x2": 1,
+    "quint2x4": 1,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
+    "bits8": 1,
+    "bits16": 2,
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+}
+
+
+CONTAINERS: Final = frozenset({list, dict, tuple, set, frozenset, Call})
+
+
+class Work:
+    """Counts what reading a pickle costs beyond one step an opcode, and keeps it bounded."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def spend(self, steps: int) -> None:
+        """Counts values copied by a rebuild function, keys that are slow to compare, wide text, sets."""
+        self.steps += steps
+        if self.steps > MAX_WORK:
+            raise PickleDefectError("the pickle asks for more work than any checkpoint does")
+
+    def set_items(self, target: object, values: Sequence[Any]) -> None:
+        """Sets keys and values, which follow each other in `values`, on a dict or a call."""
+        if isinstance(target, Call):
+            if target.entries is _NO_ENTRIES:
+                target.entries = {}
+            entries = target.entries
+        else:
+            entries = target  # type: ignore[assignment]
+        if not isinstance(entries, dict):
+            raise PickleDefectError(f"items are set on a {type(target).__name__}")
+        known = len(entries)
+        entries.update(zip(self.keys(values[::2]), values[1::2], strict=True))
+        if len(entries) != known + len(values) // 2:
+            # What a pickler writes has no key twice; one reader would take the first value, one the last.
+            raise PickleDefectError("a key is set twice")
+
+    def keys(self, values: Sequence[Any], nested: bool = False) -> Sequence[Any]:
+        """The values, each fit to be a key: cheap to hash, to compare and, by its hash, to tell apart."""
+        for key in values:
+            kind = key.__class__
+            if kind is str or kind is bytes:
+                if len(key) > MAX_KEY_LENGTH:
+                    raise PickleDefectError(f"a text of {len(key):,} characters is used as a key")
+            elif kind is int:
+                # Multiples of 2**61 - 1 share one hash: a million of them would take hours.
+                if not -_MAX_INT_KEY < key < _MAX_INT_KEY:
+                    raise PickleDefectError(f"an integer of {key.bit_length():,} bits is used as a key")
+            elif kind is float:
+                self.spend(20)  # some hundreds of floats share one hash
+            elif kind is tuple:
+                # Hashing a deeply nested tuple overflows the C stack, and a long one takes long every time.
+                self.spend(len(key) + 1)
+                if nested:
+                    raise PickleDefectError("a nested tuple is used as a key")
+                self.keys(key, nested=True)
+            elif kind not in _KEY_TYPES:
+                raise PickleDefectError(f"a {kind.__name__} is used as a key")
+        return values
+
+
+_KEY_TYPES = frozenset({bool, type(None), complex, Global, Call, TensorDescriptor, StorageDescriptor})
