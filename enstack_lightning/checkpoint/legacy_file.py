@@ -88,6 +88,7 @@ class LegacyFile:
         content = pickles.next("the pickled object")
         keys = pickles.next("the list of storage keys").value
         self._content = dataclasses.replace(content, globals=tuple(pickles.globals))
+        self._check_types(content)
         self._storages = self._place(content.storages, keys, pickles.end)
 
     def read_pickle(self) -> Unpickled:
@@ -157,6 +158,15 @@ class LegacyFile:
         """The third pickle, which torch reads and does not use; it is the same wherever torch has run."""
         if not isinstance(machine, dict) or machine.get("protocol_version") != PROTOCOL_VERSION:
             self.defects.append(_damaged("its facts on the machine that saved it are not those of torch"))
+
+    def _check_types(self, content: Unpickled) -> None:
+        if any(g.name == "UntypedStorage" for g in content.globals):
+            self.defects.append(
+                _damaged(
+                    "it holds an UntypedStorage (tensors of float8 and uint16 are saved as one), which torch writes in "
+                    "this format and cannot load from it; save it again as a zip archive, torch's default"
+                )
+            )
 
     def _place(self, named: tuple[StorageDescriptor, ...], keys: object, at: int) -> dict[str, _Stored]:
         """Where each storage lies, by the sizes that the pickle states; what the file says instead is a defect."""
