@@ -317,6 +317,8 @@ class Facts:
         optimizers: None when the checkpoint has no such entry, empty when it has one without optimizers.
         schedulers: likewise.
         metrics: recorded metrics such as `best_val_f1`.
+        hyper_parameters: those of the LightningModule, or transformers' training arguments.
+        data_hyper_parameters: those of the LightningDataModule.
         model_config: the entries of a `config.json` beside the weights.
         globals: the names that the checkpoint's pickles would import.
         model_only: the checkpoint holds a model and nothing of a training run.
@@ -340,6 +342,7 @@ class Facts:
     run: RunFacts = field(default_factory=RunFacts)
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    data_hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     model_config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     globals: tuple[GlobalFacts, ...] = ()

@@ -73,6 +73,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         run=_with_precision(run_facts(at(guard, ["run"])), checkpoint),
         metrics=_best_metrics(checkpoint.get("callbacks"), read_scalar),
         hyper_parameters=_hyper_parameters(checkpoint.get("hyper_parameters")),
+        data_hyper_parameters=_hyper_parameters(checkpoint.get("datamodule_hyper_parameters")),
         versions=_versions(checkpoint, guard),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
         loader_position=bool(at(checkpoint, ["loops", "fit_loop", "state_dict", "combined_loader"])),
