@@ -278,10 +278,9 @@ def unknown_parameter_state(facts: Facts, options: Options) -> Iterator[Outcome]
             )
 
 
-_OF_WEIGHT_SHAPE = frozenset(
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "momentum_buffer")
-    + ("square_avg", "grad_avg", "acc_delta", "sum", "prev", "ax")
-)
+_ADAM_AND_SGD = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "exp_avg_diff", "momentum_buffer")
+_OTHERS = ("square_avg", "grad_avg", "acc_delta", "sum", "prev", "ax")
+_OF_WEIGHT_SHAPE = frozenset((*_ADAM_AND_SGD, *_OTHERS))
 """Entries that torch's optimizers and their kin keep in the shape of the weight; what else there is may be reduced."""
 
 

@@ -41,8 +41,8 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
     and the optimizer's tolerance applies.
     """
     schedulers = facts.schedulers or ()
-    if not schedulers or any(s.last_epoch is None for s in schedulers):
-        return
+    if not schedulers or any(s.last_epoch is None or s.kind == "SWALR" for s in schedulers):
+        return  # the schedule of stochastic weight averaging takes over late, with a position of its own
     if facts.format in (Format.ENSTACK, Format.HUGGINGFACE):
         yield from _with_the_optimizer(schedulers[0], facts, options)
         return
@@ -86,7 +86,7 @@ def _off_its_interval(index: int, scheduler: SchedulerFacts, facts: Facts) -> st
     run, p = facts.run, facts.progress
     settings = list(zip(run.scheduler_intervals, run.scheduler_frequencies, strict=False))
     known = len(settings) == len(facts.schedulers or ()) and len(facts.optimizers or ()) == 1
-    if not known or settings[index][1] != 1 or scheduler.kind in ("ReduceLROnPlateau", "SWALR"):
+    if not known or settings[index][1] != 1 or scheduler.kind == "ReduceLROnPlateau":
         return None
     position = scheduler.last_epoch or 0
     if settings[index][0] == "step" and p.optimizer_steps is not None and position != p.optimizer_steps:
@@ -108,16 +108,18 @@ def _off_its_interval(index: int, scheduler: SchedulerFacts, facts: Facts) -> st
 )
 def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The learning rate that training continues with is below 1e-8, or above twice the initial one and twice
-    the peak that its schedule names (`OneCycleLR`, `CyclicLR`, `SWALR`).
+    the peak that its schedule names (`OneCycleLR`, `CyclicLR`).
 
     A rate next to 0 is what the schedule gives at the start of a warm-up, at the end of a finished run, and for a group
-    that was given no more from the beginning.
+    that was given no more from the beginning. `SWALR` comes down from whatever rate it found.
     """
     plan = plan_resume(facts)
     excused = (plan is not None and plan.kind == "finished") or any(
         _warms_up(s, options) or _is_complete(s) for s in facts.schedulers or ()
     )
     peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
+    if any(s.kind == "SWALR" for s in facts.schedulers or ()):
+        peaks.append(math.inf)
     for number, optimizer in enumerate(facts.optimizers or ()):
         outcomes = [
             outcome
@@ -134,8 +136,7 @@ def _bounded(
     number: int, index: int, group: ParamGroupFacts, peaks: Sequence[float], excused: bool, options: Options
 ) -> Outcome | None:
     rate = group.lr or 0.0
-    swa = group.options.get("swa_lr")
-    peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, swa if isinstance(swa, float) else 0.0, *peaks)
+    peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
     highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
     whose = f"optimizer {number}" + (f", group {index}" if index else "")
     never_more = group.initial_lr is not None and group.initial_lr < options.min_lr and rate <= group.initial_lr
