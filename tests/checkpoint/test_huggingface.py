@@ -455,6 +455,15 @@ def test_deepspeeds_shards_are_not_passed_over(checkpoint: Path) -> None:
     assert "DeepSpeed" in defect.message
 
 
+def test_parts_that_torch_saves_as_safetensors_are_not_passed_over(tmp_path: Path) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    dcp.save({"w": torch.ones(2)}, storage_writer=writer, no_dist=True)
+    tiny_model().config.save_pretrained(tmp_path)
+    (defect,) = read(tmp_path).defects
+    assert (defect.kind, defect.where) == (DefectKind.UNRECOGNISED, "shard-00001-model-00001-of-00001.safetensors")
+    assert "HuggingFaceStorageWriter" in defect.message
+
+
 # Hostile files
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from enstack_lightning.checkpoint.deep import DeepRead, Named, Role, Span, read_deeply
+from enstack_lightning.checkpoint.deep import DeepRead, Named, Role, Span, mismatch, read_deeply
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, GlobalFacts, Oddity, ValueFacts
 from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
 from enstack_lightning.checkpoint.readers.shard_metadata import Piece
@@ -93,10 +94,11 @@ class PieceReader:
         Returns:
             The bytes of tensors that were not compared with their checksum.
         """
-        tensors = [piece for piece in pieces if not _is_small(piece)]
         if self.deep is not None:
-            self._read_deeply(source, pieces, namings)
+            self._read_deeply(source, [piece for piece in pieces if not _is_compared(piece)], namings)
+            self._count_compared([piece for piece in pieces if _is_compared(piece)], namings)
             return 0
+        tensors = [piece for piece in pieces if not _is_small(piece)]
         for piece in tensors if source.local_fd() is not None else ():
             if self._headers > 0:
                 self._headers -= 1
@@ -121,8 +123,21 @@ class PieceReader:
         except ContainerDefectError as e:
             self._note(pieces[0].file, e)
             return
+        except OSError as e:
+            self._note(pieces[0].file, _unreadable(e))
+            return
         self._add(result.defects)
         self.found += [(labels[value.name], value) for value in result.values if value.name in labels]
+
+    def _count_compared(self, pieces: Sequence[Piece], namings: Mapping[str, Naming]) -> None:
+        """Pieces that were read whole before: their bytes are counted, and their numbers looked at."""
+        for piece in pieces:
+            naming, number = namings.get(piece.name), self.values.get(piece.name)
+            if naming is not None and naming.role != "other" and number is not None and not math.isfinite(number):
+                shown = str(number)
+                self.found.append((piece, ValueFacts(naming.name, naming.role, piece.where, 1, (), shown)))
+        if self.deep is not None and self.deep.progress is not None:
+            self.deep.progress(sum(piece.length for piece in pieces))
 
     def without_checksum(self, pieces: Iterable[Piece]) -> int:
         """The bytes of tensors in these pieces, as far as they were opened, that no checksum covers."""
@@ -139,20 +154,20 @@ class PieceReader:
     def _open(self, source: Source, piece: Piece, naming: Naming | None = None) -> _Opened:
         raw = b""
         try:
-            if naming is None and piece.length <= SMALL_PIECE_BYTES and _is_small(piece):
+            if _is_compared(piece):
                 raw = source.read_at(piece.offset, piece.length, piece.name)
                 opened = self._seen.get(raw)
                 if opened is None:
                     if len(self._seen) >= MAX_DIFFERENT_SMALL_PIECES:
                         message = f"more than {MAX_DIFFERENT_SMALL_PIECES:,} small entries differ; the rest is not read"
                         raise ContainerDefectError("damaged", message)
-                    opened = self._seen[raw] = _opened(_Bytes(raw), None)
+                    opened = self._seen[raw] = _opened(_Bytes(raw), None, compare=True)
             else:
                 opened = _opened(source.part(piece.offset, piece.length), naming)
         except ContainerDefectError as e:
             opened = _Opened(errors=(e,))
         except OSError as e:
-            opened = _Opened(errors=(ContainerDefectError("unreadable", f"it cannot be read: {e.strerror or e}"),))
+            opened = _Opened(errors=(_unreadable(e),))
         self._gather(piece, opened)
         return opened
 
@@ -199,7 +214,13 @@ class _Bytes(Source):
         return self._data[offset : offset + count]
 
 
-def _opened(source: Source, naming: Naming | None) -> _Opened:
+def _opened(source: Source, naming: Naming | None, compare: bool = False) -> _Opened:
+    """Opens a piece.
+
+    Args:
+        naming: what to call its tensor, if its spans are wanted.
+        compare: whether to compare every record with its checksum at once.
+    """
     if source.read_at(0, min(4, source.size)) != b"PK\x03\x04":
         return _Opened(errors=(ContainerDefectError("damaged", "it does not begin like a file of torch.save"),))
     errors: list[ContainerDefectError] = []
@@ -220,6 +241,8 @@ def _opened(source: Source, naming: Naming | None) -> _Opened:
             number = file.read_scalar(value)
         except ContainerDefectError as e:
             errors.append(e)
+    if compare:
+        errors += _mismatches(source, file)
     named = [Named(naming.name, naming.role, value)] if naming and isinstance(value, TensorDescriptor) else []
     spans = file.spans(named) if naming else []
     return _Opened(
@@ -233,6 +256,19 @@ def _opened(source: Source, naming: Naming | None) -> _Opened:
     )
 
 
+def _mismatches(source: Source, file: TorchFile) -> list[ContainerDefectError]:
+    found = []
+    for span in file.spans():
+        actual = zlib.crc32(source.read_at(span.offset, span.size, span.where))
+        if span.crc32 is not None and actual != span.crc32:
+            found.append(ContainerDefectError("damaged", mismatch(actual, span.crc32), span.where))
+    return found
+
+
+def _unreadable(error: OSError) -> ContainerDefectError:
+    return ContainerDefectError("unreadable", f"it cannot be read: {error.strerror or error}")
+
+
 def _named_before(error: ContainerDefectError) -> tuple[Global, ...]:
     """The names that a pickle had named before reading it failed."""
     return tuple(getattr(error.__cause__, "globals", ()))
@@ -240,6 +276,11 @@ def _named_before(error: ContainerDefectError) -> tuple[Global, ...]:
 
 def _is_small(piece: Piece) -> bool:
     return piece.tensor is None or not piece.shape
+
+
+def _is_compared(piece: Piece) -> bool:
+    """Whether the piece is read whole in any case."""
+    return _is_small(piece) and piece.length <= SMALL_PIECE_BYTES
 
 
 def _why_another(piece: Piece, value: object) -> str:

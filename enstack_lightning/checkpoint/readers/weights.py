@@ -45,6 +45,8 @@ MAX_DEFECTS = 20
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 
+_DCP_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
 
 def add_config(facts: Facts, folder: Location) -> Facts:
     """The facts with the folder's `config.json` added."""
@@ -343,6 +345,14 @@ def _strays(names: Collection[str], mapped: Collection[str], has_weights: bool) 
     """Shards that no index names: odd beside other weights, a defect where they are all there is."""
     strays = _Weights("", rank=4)
     shards = [m for m in map(_SHARD.fullmatch, sorted(names)) if m is not None and m.string not in mapped]
+    parts = [name for name in sorted(names) if _DCP_SHARD.fullmatch(name)]
+    if parts and not has_weights:
+        message = (
+            f"it is one of {len(parts):,} parts as torch.distributed.checkpoint's HuggingFaceStorageWriter saves them "
+            "with save_distributed, a form that is not verified; consolidate_safetensors_files of torch joins them"
+        )
+        strays.defect(DefectKind.UNRECOGNISED, parts[0], message)
+        return strays
     if shards and not has_weights:
         index = f"{shards[0]['stem']}{shards[0]['suffix']}.index.json"
         message = f"it is missing: {len(shards):,} shards are there ({shards[0].string}, …) and no index of them"
