@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from enstack_lightning import __version__
 from enstack_lightning.checkpoint import (
     RULES,
     Options,
@@ -157,7 +158,7 @@ def _write_sarif(batch: Batch, output: Output, arguments: argparse.Namespace) ->
 
     results: list[CheckpointResults]
     results, _, accepted = _collected(batch, results_of)
-    output.write(log(results))
+    output.write(log(results, __version__))
     return accepted
 
 
@@ -166,7 +167,7 @@ def _write_html(batch: Batch, output: Output, arguments: argparse.Namespace) -> 
 
     parts: list[CheckpointPart]
     parts, best, accepted = _collected(batch, part_of)
-    output.write(page(parts, best))
+    output.write(page(parts, best, __version__))
     return accepted
 
 

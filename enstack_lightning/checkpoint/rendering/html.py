@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from enstack_lightning import __version__
 from enstack_lightning.checkpoint.rendering.plain import (
     SECTIONS,
     counts,
@@ -22,6 +21,7 @@ from enstack_lightning.checkpoint.rendering.plain import (
     silence_of,
     size,
     verdict_sentence,
+    whole,
 )
 from enstack_lightning.checkpoint.rendering.plot import draw
 from enstack_lightning.checkpoint.report import Report, Verdict
@@ -77,9 +77,9 @@ class CheckpointPart:
     body: str
 
 
-def to_html(reports: Iterable[Report], newest_good: str | None = None) -> str:
-    """A whole page on all the checkpoints."""
-    return page([part_of(report) for report in reports], newest_good)
+def to_html(reports: Iterable[Report], newest_good: str | None = None, version: str = "") -> str:
+    """A whole page on all the checkpoints; `version` is that of the tool."""
+    return page([part_of(report) for report in reports], newest_good, version)
 
 
 def to_fragment(report: Report) -> str:
@@ -94,7 +94,7 @@ def part_of(report: Report) -> CheckpointPart:
     return CheckpointPart(report.path, report.verdict, _text(said), _body(report))
 
 
-def page(parts: Sequence[CheckpointPart], newest_good: str | None) -> str:
+def page(parts: Sequence[CheckpointPart], newest_good: str | None, version: str = "") -> str:
     """The page around what `part_of` gave of each checkpoint."""
     order = list(Verdict)
     verdict = max((p.verdict for p in parts), key=order.index, default=Verdict.FAIL)
@@ -113,7 +113,7 @@ def page(parts: Sequence[CheckpointPart], newest_good: str | None) -> str:
 <body>
 <header>
 <h1>Checkpoint verification</h1>
-<p class="enstack">{_badge(verdict)} {_many(len(parts))} <span class="faint">enstack {_text(__version__)}</span></p>
+<p class="enstack">{_badge(verdict)} {_many(len(parts))} <span class="faint">enstack {_text(version)}</span></p>
 </header>
 <main class="enstack">
 {_list(parts, newest_good) if len(parts) > 1 else ""}
@@ -175,12 +175,13 @@ def _plan(plan: ResumePlan) -> str:
     rate = None if plan.learning_rate is None else number(plan.learning_rate)
     rows = {
         "kind": plan.kind,
-        "global step": plan.global_step,
-        "continues with": f"epoch {plan.next_epoch:,}, batch {plan.next_batch:,}",
-        "batches per epoch": plan.batches_per_epoch,
-        "batches trained twice, at most": plan.batches_repeated,
-        "epochs to train": plan.max_epochs,
-        "optimizer steps": plan.optimizer_steps,
+        "global step": whole(plan.global_step),
+        "continues with epoch": whole(plan.next_epoch),
+        "and batch": whole(plan.next_batch),
+        "batches per epoch": whole(plan.batches_per_epoch),
+        "batches trained twice, at most": whole(plan.batches_repeated),
+        "epochs to train": whole(plan.max_epochs),
+        "optimizer steps": whole(plan.optimizer_steps),
         "next learning rate": rate,
     }
     return "<h3>Resume plan</h3>" + _table(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from enstack_lightning.checkpoint.rendering.plain import finite
+from enstack_lightning.checkpoint.rendering.plain import finite, sentence_of, whole
 from enstack_lightning.checkpoint.report import Coverage, Report, Verdict
 from enstack_lightning.checkpoint.resume import ResumePlan
 from enstack_lightning.checkpoint.rules import Finding, Severity
@@ -16,7 +16,6 @@ JSON_VERSION = 1
 SCHEMA = Path(__file__).parent / "schema" / "report.schema.json"
 """The JSON Schema (draft 2020-12) of the object."""
 
-_LARGEST = 2**63
 _ORDER = list(Verdict)
 
 
@@ -68,17 +67,17 @@ def _finding(finding: Finding) -> dict[str, str]:
 def _resume(plan: ResumePlan) -> dict[str, Any]:
     return {
         "kind": plan.kind,
-        "epoch": _whole(plan.epoch),
-        "step": _whole(plan.step),
-        "global_step": _whole(plan.global_step),
-        "next_epoch": _whole(plan.next_epoch),
-        "next_batch": _whole(plan.next_batch),
-        "batches_per_epoch": _whole(plan.batches_per_epoch),
-        "optimizer_steps": _whole(plan.optimizer_steps),
+        "epoch": whole(plan.epoch),
+        "step": whole(plan.step),
+        "global_step": whole(plan.global_step),
+        "next_epoch": whole(plan.next_epoch),
+        "next_batch": whole(plan.next_batch),
+        "batches_per_epoch": whole(plan.batches_per_epoch),
+        "optimizer_steps": whole(plan.optimizer_steps),
         "learning_rate": finite(plan.learning_rate),
-        "max_epochs": _whole(plan.max_epochs),
-        "batches_repeated": _whole(plan.batches_repeated),
-        "sentence": _text(plan.sentence),
+        "max_epochs": whole(plan.max_epochs),
+        "batches_repeated": whole(plan.batches_repeated),
+        "sentence": _text(sentence_of(plan)),
     }
 
 
@@ -105,8 +104,3 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
 def _text(text: str) -> str:
     """Text that any JSON parser takes: a byte of a name that is no UTF-8 is written out as `\\udcNN`."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _whole(value: int | None) -> int | None:
-    """A count that fits into 64 bits; a checkpoint may claim any."""
-    return value if value is not None and -_LARGEST <= value < _LARGEST else None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from enstack_lightning.checkpoint.report import Report, Verdict
+from enstack_lightning.checkpoint.resume import ResumePlan
 from enstack_lightning.checkpoint.rules import Finding, Severity
 
 MAX_WORD = 160
@@ -96,6 +97,19 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def whole(value: int | None) -> int | None:
+    """The count, or None where it has more than 64 bits: a checkpoint may claim any, and Python would not print it."""
+    return value if value is not None and -(2**63) <= value < 2**63 else None
+
+
+def sentence_of(plan: ResumePlan) -> str:
+    """The plan's sentence, whatever numbers the checkpoint gave it."""
+    try:
+        return plan.sentence
+    except ValueError:  # a number of more than 4,300 digits
+        return "the checkpoint's counters are larger than any run's"
+
+
 def counts(report: Report) -> str:
     """Passed, warnings and errors, with the figures."""
     return (
@@ -131,7 +145,7 @@ def resume_sentence(report: Report) -> str | None:
         return None
     if report.resume is None:
         return "the checkpoint does not say how far training had come"
-    return report.resume.sentence
+    return sentence_of(report.resume)
 
 
 def not_seen(report: Report) -> Iterator[tuple[str, str]]:
@@ -146,9 +160,9 @@ def not_seen(report: Report) -> Iterator[tuple[str, str]]:
         rest = len(coverage.not_checkable) - len(named)
         files = "; ".join([*named, f"and {_many(rest, 'more file')}"] if rest else named)
         if coverage.manifest is None or coverage.manifest.defect:
-            yield "not checkable", f"without a manifest: {files}"
+            yield "unchecked", f"not checkable without a manifest: {files}"
         else:
-            yield "not compared", f"with the manifest's digests, which --deep does: {files}"
+            yield "unchecked", f"not compared with the manifest's digests, which --deep does: {files}"
     if options.select:
         yield "not judged", f"what --select {','.join(options.select)} leaves out"
     if options.ignore:
@@ -173,6 +187,8 @@ def silence_of(section: Section, report: Report) -> str:
             return f"{_many(len(facts.files), 'file')}, {size(report.coverage.total_bytes)}: no damage in what was read"
         case "weights" if facts.tensors:
             return f"{len(facts.tensors):,} tensors, by their headers"
+        case "safety" if facts.files and not facts.globals and not facts.defects:
+            return "no pickle in it names anything to import"
         case "optimizer" if facts.optimizers == ():
             return "the checkpoint has none"
         case "scheduler" if facts.schedulers == ():

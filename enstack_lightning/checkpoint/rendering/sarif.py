@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_from_bytes
 
-from enstack_lightning import __version__
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.rendering.plain import not_seen, shown
 from enstack_lightning.checkpoint.report import Report
@@ -25,7 +24,6 @@ ROOT = "%SRCROOT%"
 """The base that relative locations are relative to: the folder that `enstack verify` was called in."""
 
 _LEVELS = {Severity.PASS: "none", Severity.INFO: "note", Severity.WARNING: "warning", Severity.ERROR: "error"}
-_CODES = sorted(RULES)
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,15 @@ class CheckpointResults:
     notes: tuple[dict[str, Any], ...]
 
 
-def to_sarif(reports: Iterable[Report]) -> str:
-    """The log on all the checkpoints."""
-    return log([results_of(report) for report in reports])
+def to_sarif(reports: Iterable[Report], version: str = "") -> str:
+    """The log on all the checkpoints; `version` is that of the tool."""
+    return log([results_of(report) for report in reports], version)
 
 
-def log(checkpoints: Sequence[CheckpointResults]) -> str:
+def log(checkpoints: Sequence[CheckpointResults], version: str = "") -> str:
     """The log around what `results_of` gave of each checkpoint."""
-    driver = {"name": "enstack verify", "version": __version__, "rules": [_rule(RULES[code]) for code in _CODES]}
+    driver = {"name": "enstack verify", "rules": [_rule(RULES[code]) for code in sorted(RULES)]}
+    driver |= {"version": version, "semanticVersion": version} if version else {}
     run = {
         "tool": {"driver": driver},
         "originalUriBaseIds": {ROOT: {"description": {"text": "The folder that enstack verify was called in."}}},
@@ -102,7 +101,7 @@ def _result(report: Report, finding: Finding, ordinal: int) -> dict[str, Any]:
         "locations": [location],
         "partialFingerprints": {"enstackFinding/v1": _digest(f"{identity}\0{ordinal}")},
     }
-    return result | ({"ruleIndex": _CODES.index(finding.code)} if finding.code in RULES else {})
+    return result | ({"ruleIndex": sorted(RULES).index(finding.code)} if finding.code in RULES else {})
 
 
 def _file_of(report: Report, finding: Finding) -> str:

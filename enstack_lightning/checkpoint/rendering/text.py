@@ -21,6 +21,7 @@ from enstack_lightning.checkpoint.rendering.plain import (
     silence_of,
     size,
     verdict_sentence,
+    whole,
 )
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.rules import Finding, Severity
@@ -29,7 +30,8 @@ LINE = 100
 """Columns that the short form of a section's passed rules keeps to."""
 
 _TITLE = max(len(s.title) for s in SECTIONS)
-_LABEL = len("not checkable")
+_LABEL = len("checkpoint")
+_WIDE = len("checkpoints")
 _COLOURS = {"pass": "32", "warn": "33", "warning": "33", "fail": "1;31", "error": "1;31", "info": "36", "-": "2"}
 
 
@@ -62,7 +64,7 @@ def to_text(report: Report, style: Style = PLAIN, *, verbose: bool = False, stri
         verbose: list every rule that passed, instead of naming them in short.
         strict: whether warnings count as errors; only the verdict's sentence says so.
     """
-    lines = [f"checkpoint  {style.line(report.path)}", f"format      {report.facts.format}", ""]
+    lines = [f"{'checkpoint':{_LABEL}}  {style.line(report.path)}", f"{'format':{_LABEL}}  {report.facts.format}", ""]
     for index, section in enumerate(SECTIONS, start=1):
         lines += _section(index, section, report, style, verbose)
     lines.append("")
@@ -89,14 +91,14 @@ def _section(index: int, section: Section, report: Report, style: Style, verbose
 
 
 def _speaks(finding: Finding) -> bool:
-    """Whether a finding is listed without being asked for; what CK108 says stands below, under `not checkable`."""
+    """Whether a finding is listed without being asked for; what CK108 says stands below, under `unchecked`."""
     return finding.severity is not Severity.PASS and finding.code != "CK108"
 
 
 def _state(findings: Sequence[Finding], section: Section, report: Report, style: Style, verbose: bool) -> str:
     if not findings:
         silence = silence_of(section, report)
-        word = "-" if silence.startswith(("not ", "none ", "nothing ", "the checkpoint has none")) else "pass"
+        word = "-" if silence.startswith(("no ", "not ", "none ", "nothing ", "the checkpoint has none")) else "pass"
         return style.paint(word, 7) + "  " + style.line(silence)
     worst = max((f.severity for f in findings), key=[*Severity].index)
     passed = [f for f in findings if f.severity is Severity.PASS]
@@ -158,18 +160,18 @@ class Tally:
     def closing(self, newest_good: Report | None, purpose: str = "resume", style: Style = PLAIN) -> str:
         """The lines below a table: how many there are, what was not read, and the newest good one."""
         said = ", ".join(f"{self.verdicts[v]:,} {v}" for v in Verdict if self.verdicts[v])
-        lines = ["", f"{'checkpoints':{_LABEL}}  {self.verdicts.total():,}: {said}"]
+        lines = ["", f"{'checkpoints':{_WIDE}}  {self.verdicts.total():,}: {said}"]
         if self.bytes_not_read:
-            lines.append(f"{'not read':{_LABEL}}  {size(self.bytes_not_read)} of tensor data; --deep reads it")
+            lines.append(f"{'not read':{_WIDE}}  {size(self.bytes_not_read)} of tensor data; --deep reads it")
         if self.bytes_not_checkable:
             bare = f"{size(self.bytes_not_checkable)} without a checksum"
-            lines.append(f"{'not checkable':{_LABEL}}  without a manifest: {bare}")
+            lines.append(f"{'unchecked':{_WIDE}}  {bare}, not compared with a manifest's digests")
         if newest_good is not None:
-            step = newest_good.resume.global_step if newest_good.resume else None
+            step = whole(newest_good.resume.global_step) if newest_good.resume else None
             after = "" if step is None else f" (global step {step:,})"
-            lines.append(f"{'newest good':{_LABEL}}  {style.line(newest_good.path)}{after}")
+            lines.append(f"{'newest good':{_WIDE}}  {style.line(newest_good.path)}{after}")
         elif purpose == "resume":
-            lines.append(f"{'newest good':{_LABEL}}  none: no checkpoint among them can be resumed from")
+            lines.append(f"{'newest good':{_WIDE}}  none: no checkpoint among them can be resumed from")
         return "\n".join(lines)
 
 
