@@ -140,19 +140,20 @@ def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:
 
 
 def _progress_without_loops(checkpoint: Mapping[str, Any]) -> ProgressFacts:
-    """Progress in a file of Lightning before 1.6, as a newer Lightning goes on from it.
+    """Progress in a file of Lightning before 1.6, as Lightning 2 goes on from it.
 
-    `epoch` is the one that comes next, also in a file saved inside an epoch: the rest of that epoch is passed over.
-    `global_step` counts batches that stepped, not steps of each optimizer, and one too many in a file saved after the
-    end of `Trainer.fit`: it says nothing exact about the optimizer.
+    It restores `global_step` and begins again with epoch 0: it puts `epoch` into the counter of completed epochs, which
+    it overwrites with that of processed ones when the run begins (`FitLoop.on_run_start`). `global_step` counted batches
+    that stepped, not the steps of each optimizer, and one too many in a file saved after the end of `Trainer.fit`: it
+    says nothing exact about the optimizer.
     """
-    epoch, global_step = whole(checkpoint.get("epoch")), whole(checkpoint.get("global_step"))
+    global_step = whole(checkpoint.get("global_step"))
     return ProgressFacts(
-        epoch=epoch,
+        epoch=whole(checkpoint.get("epoch")),
         global_step=global_step,
         recorded_global_step=global_step,
-        epochs_completed=epoch,
-        epochs_begun=epoch,
+        epochs_completed=0,
+        epochs_begun=0,
         batches_in_epoch=0,
         batches_begun=0,
     )
