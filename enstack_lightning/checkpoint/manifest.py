@@ -166,11 +166,7 @@ def compare_manifest(location: Location, digests: bool, progress: Progress | Non
         if not beside.exists():
             return None
         manifest = read_manifest(beside, _folder_of(location))
-        if not location.is_folder():
-            if len(manifest.files) != 1:
-                raise ManifestDefectError(f"it lists {len(manifest.files):,} files beside a checkpoint of one")
-        elif outside := next((entry.name for entry in manifest.files if not _lies_within(entry.name)), None):
-            raise ManifestDefectError(f"it lists {outside!r}, which names no file of the checkpoint")
+        _check_names(manifest, location)
         differences = list(_differences(location, manifest, digests, progress))
     except ManifestDefectError as e:
         return ManifestFacts(name, defect=str(e))
@@ -186,6 +182,16 @@ def compare_manifest(location: Location, digests: bool, progress: Progress | Non
         files=len(manifest.files),
         global_step=manifest.global_step,
     )
+
+
+def _check_names(manifest: Manifest, location: Location) -> None:
+    if not location.is_folder():
+        if len(manifest.files) != 1:
+            raise ManifestDefectError(f"it lists {len(manifest.files):,} files beside a checkpoint of one")
+        return
+    for entry in manifest.files:
+        if not _lies_within(entry.name):
+            raise ManifestDefectError(f"it lists {entry.name!r:.200}, which names no file of the checkpoint")
 
 
 def _differences(
@@ -422,7 +428,9 @@ def _checked(content: Any) -> Manifest:
     if not isinstance(content, dict):
         raise ManifestDefectError(f"it holds a JSON {type(content).__name__} where an object is needed")
     if content.get("version") != VERSION:
-        raise ManifestDefectError(f"its version is {content.get('version')!r}; this is a reader of version {VERSION}")
+        raise ManifestDefectError(
+            f"its version is {content.get('version')!r:.50}; this is a reader of version {VERSION}"
+        )
     files = content.get("files")
     if not isinstance(files, list) or not files:
         raise ManifestDefectError("it lists no files")
@@ -442,18 +450,18 @@ def _checked_entry(entry: object) -> ManifestEntry:
         raise ManifestDefectError("an entry of its files is no object")
     name, size, digest = entry.get("name"), entry.get("size"), entry.get("blake3")
     if not isinstance(name, str):
-        raise ManifestDefectError(f"it lists {name!r}, which is no name of a file")
+        raise ManifestDefectError(f"it lists {name!r:.200}, which is no name of a file")
     if type(size) is not int or size < 0:
-        raise ManifestDefectError(f"it gives {name!r} the size {size!r}")
+        raise ManifestDefectError(f"it gives {name!r:.200} the size {size!r:.50}")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise ManifestDefectError(f"the BLAKE3 digest of {name!r} is not 64 hexadecimal digits")
+        raise ManifestDefectError(f"the BLAKE3 digest of {name!r:.200} is not 64 hexadecimal digits")
     return ManifestEntry(name, size, digest)
 
 
 def _count(content: dict[str, Any], key: str) -> int | None:
     value = content.get(key)
     if value is not None and type(value) is not int:
-        raise ManifestDefectError(f"its {key} is {value!r}, which is no whole number")
+        raise ManifestDefectError(f"its {key} is {value!r:.50}, which is no whole number")
     return value
 
 
