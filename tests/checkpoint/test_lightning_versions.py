@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TinyModule, edited, quiet_trainer
+from builders import TinyModule, edited, every_step, quiet_trainer
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
-from enstack_lightning.checkpoint import Format, Options, Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Facts, Format, Options, Report, Severity, Verdict, verify_checkpoint
 
 FOLDER = Path(__file__).parent / "lightning_versions"
 WITH_CLASSES = ("1.0.8", "1.2.10", "1.4.9")
@@ -69,6 +71,84 @@ def test_a_healthy_file_of_any_version_has_no_fault_of_its_own(version: str, mom
 def test_weights_of_any_version_serve_inference_alone(version: str) -> None:
     assert codes(report_on(version, "weights")) == {"CK205"}
     assert report_on(version, "weights", purpose="inference").verdict is Verdict.PASS
+
+
+# Single entries, as versions and settings differ
+
+
+def edited_facts(source: Path, tmp_path: Path, edit: Any) -> Facts:
+    return verify_checkpoint(edited(source, tmp_path / "edited.ckpt", edit)).facts
+
+
+@pytest.mark.parametrize("entry", ["MixedPrecision", "NativeMixedPrecisionPlugin", "native_amp_scaling_state"])
+def test_a_gradient_scaler_proves_half_precision(entry: str, tmp_path: Path) -> None:
+    state = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    facts = edited_facts(FOLDER / "1.9.5-epoch-end.ckpt", tmp_path, lambda c: c.update({entry: state}))
+    assert facts.run.precision == "16-mixed"
+    assert report_on("1.9.5", "epoch-end").facts.run.precision is None
+
+
+def test_the_run_that_the_guard_recorded_is_read(trained: Path) -> None:
+    run = verify_checkpoint(trained / "step=7.ckpt").facts.run
+    assert (run.world_size, run.precision, run.batches_per_epoch) == (1, "32-true", 5)
+
+
+def test_steps_of_manual_optimization_count_in_any_layout(tmp_path: Path) -> None:
+    def swap(checkpoint: dict[str, Any]) -> None:
+        loop = checkpoint["loops"]["fit_loop"]
+        counter = loop["epoch_loop.batch_loop.optimizer_loop.optim_progress"]["optimizer"]["step"]
+        loop["epoch_loop.batch_loop.manual_loop.optim_step_progress"]["total"] = {"completed": 16, "ready": 16}
+        counter["total"] = {"completed": 0, "ready": 0}
+
+    facts = edited_facts(FOLDER / "1.6.5-epoch-end.ckpt", tmp_path, swap)
+    assert facts.progress.optimizer_steps == 16
+
+
+class Averaged(WeightAveraging):
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None
+
+
+def test_the_weights_in_training_are_read_beside_the_averaged_ones(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, Averaged(), every_step(tmp_path), max_epochs=1)
+    trainer.fit(TinyModule())
+
+    def poison(checkpoint: dict[str, Any]) -> None:
+        checkpoint["current_model_state"]["layer.bias"][1] = float("nan")
+
+    path = edited(tmp_path / "step=3.ckpt", tmp_path / "nan.ckpt", poison)
+    assert codes(verify_checkpoint(tmp_path / "step=3.ckpt", Options(deep=True))) == set()
+    (value,) = verify_checkpoint(path, Options(deep=True)).facts.values or ()
+    assert (value.name, value.first_nonfinite) == ("current_model_state.layer.bias", (1,))
+
+
+def test_moments_that_are_not_finite_are_named(trained: Path, tmp_path: Path) -> None:
+    def poison(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["state"][0]["exp_avg"][1, 2] = float("inf")
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "inf.ckpt", poison)
+    assert not verify_checkpoint(path).facts.values
+    (value,) = verify_checkpoint(path, Options(deep=True)).facts.values or ()
+    assert value.name == "optimizer 0, parameter 0, exp_avg"
+    assert (value.role, value.first_nonfinite, value.first_value) == ("optimizer", (1, 2), "inf")
+
+
+def test_hyper_parameters_are_read_whatever_held_them(tmp_path: Path) -> None:
+    held = AttributeDict(lr=0.5, layers=[1, 2])
+    facts = edited_facts(FOLDER / "1.9.5-epoch-end.ckpt", tmp_path, lambda c: c.update(hyper_parameters=held))
+    assert facts.hyper_parameters == {"lr": 0.5, "layers": [1, 2]}
+
+
+def test_a_version_that_is_no_version_is_read_as_todays(tmp_path: Path) -> None:
+    for version in ("dev", None, 5, "99999999999999999999.1"):
+        facts = edited_facts(
+            FOLDER / "2.0.9-mid-epoch.ckpt", tmp_path, lambda c, v=version: c.update({"pytorch-lightning_version": v})
+        )
+        assert facts.format is Format.LIGHTNING
+        assert facts.progress.global_step == 6
+
+
+# What today's Lightning makes of them
 
 
 class FirstBatch(Callback):

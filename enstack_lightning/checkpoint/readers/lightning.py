@@ -143,11 +143,13 @@ def _progress_without_loops(checkpoint: Mapping[str, Any]) -> ProgressFacts:
     """Progress in a file of Lightning before 1.6, as Lightning 2 goes on from it.
 
     It restores `global_step` and begins again with epoch 0: it puts `epoch` into the counter of completed epochs, which
-    it overwrites with that of processed ones when the run begins (`FitLoop.on_run_start`). `global_step` counted batches
-    that stepped, not the steps of each optimizer, and one too many in a file saved after the end of `Trainer.fit`: it
-    says nothing exact about the optimizer.
+    it overwrites with that of processed ones when the run begins (`FitLoop.on_run_start`). `global_step` counted
+    batches that stepped, not the steps of each optimizer, and one too many in a file saved after the end of
+    `Trainer.fit`: it says nothing exact about the optimizer.
     """
     global_step = whole(checkpoint.get("global_step"))
+    if not any(name in checkpoint for name in _TRAINING_ENTRIES):
+        return ProgressFacts(whole(checkpoint.get("epoch")), recorded_global_step=global_step)
     return ProgressFacts(
         epoch=whole(checkpoint.get("epoch")),
         global_step=global_step,
