@@ -19,6 +19,7 @@ from enstack_lightning.checkpoint.deep import Named, NamedTensor, Span
 from enstack_lightning.checkpoint.facts import Oddity
 from enstack_lightning.checkpoint.inert_pickle import (
     DTYPE_BYTES,
+    MAX_OPCODES,
     Global,
     PickleDefectError,
     StorageDescriptor,
@@ -33,6 +34,9 @@ PROTOCOL_VERSION = 1001
 
 MAX_PICKLE_BYTES = 64 * 2**20
 _FIRST_WINDOW = 256 * 2**10
+_FEW_OPCODES = 1_000
+_KEYS_OPCODES = 300_000
+"""Three an entry: as many storages as the object's pickle can describe."""
 
 _MAGIC_OPCODES = b"\x8a\x0a" + MAGIC_NUMBER.to_bytes(10, "little") + b"."
 _NUMEL = struct.Struct("<q")
@@ -80,13 +84,13 @@ class LegacyFile:
             )
         if not is_legacy_file(beginning):
             raise ContainerDefectError("unrecognised", "it does not begin with the magic number of a torch file")
-        pickles.next("the magic number")
-        version = pickles.next("the protocol version").value
+        pickles.next("the magic number", _FEW_OPCODES)
+        version = pickles.next("the protocol version", _FEW_OPCODES).value
         if version != PROTOCOL_VERSION:
             raise _damaged(f"its protocol version is {version!r:.50}; torch knows {PROTOCOL_VERSION} only")
-        self._check_machine(pickles.next("the facts on the machine").value)
-        content = pickles.next("the pickled object")
-        keys = pickles.next("the list of storage keys").value
+        self._check_machine(pickles.next("the facts on the machine", _FEW_OPCODES).value)
+        content = pickles.next("the pickled object", MAX_OPCODES)
+        keys = pickles.next("the list of storage keys", _KEYS_OPCODES).value
         self._content = dataclasses.replace(content, globals=tuple(pickles.globals))
         self._check_types(content)
         self._storages = self._place(content.storages, keys, pickles.end)
@@ -221,10 +225,10 @@ class _Pickles:
         self.end = 0
         self.globals: dict[Global, None] = {}
 
-    def next(self, what: str) -> Unpickled:
+    def next(self, what: str, max_opcodes: int) -> Unpickled:
         while True:
             try:
-                content, self.end = read_pickle_at(self._data, self.end)
+                content, self.end = read_pickle_at(self._data, self.end, max_opcodes)
             except PickleDefectError as e:
                 if e.cut_short and self._grow():
                     continue
