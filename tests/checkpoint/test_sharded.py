@@ -195,6 +195,37 @@ def test_metadata_names_nothing_but_its_own_classes(lightning: Path, plain: Path
         assert {g.loader for g in read(folder).globals if ":" in g.where} <= {"weights_only", "torch"}
 
 
+def test_every_flipped_bit_of_the_metadata_is_found_or_changes_a_name_only(plain: Path) -> None:
+    """`.metadata` has no checksum: a flipped bit may rename an entry that stands at the top, everywhere alike."""
+    data = (plain / ".metadata").read_bytes()
+    before = read(plain)
+    names = set(before.fields)
+    for at in range(0, len(data), 7):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        (plain / ".metadata").write_bytes(flipped)
+        facts = read(plain)
+        unnamed = {(g.module, g.name) for g in facts.globals if g.loader == "pickle"} - METADATA_GLOBALS
+        if not facts.defects and not unnamed and set(facts.fields) == names:
+            assert (facts.tensors, facts.optimizers, facts.progress) == (
+                before.tensors,
+                before.optimizers,
+                before.progress,
+            )
+    assert next(f for f in before.files if f.name == ".metadata").without_checksum == len(data)
+
+
+def test_a_list_of_chunks_that_all_entries_share_costs_no_more_than_it_is_long(plain: Path) -> None:
+    def share(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata["model.weight"]
+        entry.chunks = entry.chunks * 100
+        metadata.state_dict_metadata = {f"w{i}": entry for i in range(100)}
+        metadata.planner_data = None
+
+    edit_metadata(plain, share)
+    assert "far more chunks than" in said(read(plain))
+
+
 def test_values_are_read_deeply_only(plain: Path) -> None:
     quick, deep = read(plain), read(plain, deep=True)
     assert [f.not_read for f in quick.files] == [0, (8 + 2) * 4 * 3]

@@ -13,16 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES, Call, Global
+from enstack_lightning.checkpoint.safetensors_file import shown
 
 PathTo = tuple[str | int, ...]
 """The keys under which an entry stood in the state dict that was saved."""
 
-MAX_ENTRIES = 2_000_000
+Chunk = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where it begins in its tensor, and its shape."""
+
 MAX_DEPTH = 64
+MAX_DEFECTS = 100
 MAX_COMPARISONS = 2_000_000
 """Comparisons of chunks with each other; a tensor on a grid of 64 x 64 processes needs 260,000."""
 
 _LIMIT = 2**63
+_LAYOUTS = frozenset(
+    f"torch.{name}"
+    for name in ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged", "_mkldnn")
+)
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
@@ -95,44 +103,77 @@ def shard_metadata(value: object) -> ShardMetadata:
     entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise MetadataDefectError("it lacks state_dict_metadata or storage_data")
-    if len(entries) + len(stored) > MAX_ENTRIES:
-        raise MetadataDefectError(f"it has {len(entries) + len(stored):,} entries; the limit is {MAX_ENTRIES:,}")
-    places = _places(stored)
+    found = _Found(_places(stored))
     paths = fields.get("planner_data")
-    comparisons = MAX_COMPARISONS
-    tensors: list[ShardedTensor] = []
-    pieces: list[Piece] = []
-    defects: list[str] = []
     for name, entry in entries.items():
         if not isinstance(name, str):
             raise MetadataDefectError(f"an entry is named by a {type(name).__name__}")
         path = _path(paths, name)
         if _is_a(entry, _METADATA, "BytesStorageMetadata"):
-            place = places.pop((name, None), None)
-            if place is None:
-                defects.append(f"it does not say where {name} is stored")
-            else:
-                pieces.append(Piece(name, path, *place))
-            continue
-        tensor, chunks = _tensor(name, path, entry)
-        tensors.append(tensor)
-        problem, used = _why_not_whole(tensor.shape, chunks, comparisons)
-        comparisons -= used
+            found.add_value(name, path)
+        else:
+            found.add_tensor(name, path, entry)
+    for name, _ in found.places:
+        found.add_defect(f"it stores {shown(name)}, which is no entry or chunk of the state dict")
+    return ShardMetadata(tuple(found.tensors), tuple(found.pieces), tuple(found.defects))
+
+
+class _Found:
+    """Gathers entries; `places` are those that no entry has claimed yet."""
+
+    def __init__(self, places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]) -> None:
+        self.places = places
+        self.tensors: list[ShardedTensor] = []
+        self.pieces: list[Piece] = []
+        self.defects: list[str] = []
+        # A list of chunks may be shared by all entries of a pickle, so that it is met more often than it is written.
+        self._chunks_left = 2 * len(places) + 1_000
+        self._comparisons_left = MAX_COMPARISONS
+
+    def add_defect(self, message: str) -> None:
+        if len(self.defects) < MAX_DEFECTS:
+            self.defects.append(message)
+
+    def add_value(self, name: str, path: PathTo) -> None:
+        place = self.places.pop((name, None), None)
+        if place is None:
+            self.add_defect(f"it does not say where {shown(name)} is stored")
+        else:
+            self.pieces.append(Piece(name, path, *place))
+
+    def add_tensor(self, name: str, path: PathTo, entry: object) -> None:
+        fields = _fields(entry, _METADATA, "TensorStorageMetadata")
+        listed = fields.get("chunks")
+        if not isinstance(listed, list):
+            raise MetadataDefectError(f"{shown(name)} has no list of chunks")
+        self._chunks_left -= len(listed)
+        if self._chunks_left < 0:
+            raise MetadataDefectError(f"its tensors have far more chunks than the {len(self.pieces):,} that are stored")
+        shape, chunks = _sizes(fields.get("size"), "a shape"), [_chunk(c) for c in listed]
+        filled = sum(1 for _, size in chunks if math.prod(size))
+        tensor = ShardedTensor(name, path, _dtype(name, fields.get("properties")), shape, filled)
+        self.tensors.append(tensor)
+        problem, used = _why_not_whole(shape, chunks, self._comparisons_left)
+        self._comparisons_left -= used
         if problem:
-            defects.append(f"{name}: {problem}")
-        for start, shape in chunks:
-            place = places.pop((name, start), None)
-            if place is not None:
-                pieces.append(Piece(name, path, *place, tensor, start, shape))
-                if place[2] < pieces[-1].data_bytes:
-                    defects.append(
-                        f"{name}: {place[2]:,} bytes of {place[0]} are given to a chunk of "
-                        f"{pieces[-1].data_bytes:,} bytes"
-                    )
-            elif math.prod(shape):
-                defects.append(f"it does not say where the chunk of {name} from {list(start)} on is stored")
-    defects += [f"it stores {name}, which is no entry or chunk of the state dict" for name, _ in places]
-    return ShardMetadata(tuple(tensors), tuple(pieces), tuple(defects))
+            self.add_defect(f"{shown(name)}: {problem}")
+        for start, size in chunks:
+            self._add_chunk(tensor, start, size)
+
+    def _add_chunk(self, tensor: ShardedTensor, start: tuple[int, ...], size: tuple[int, ...]) -> None:
+        place = self.places.pop((tensor.name, start), None)
+        if place is None:
+            if math.prod(size):
+                message = f"it does not say where the chunk of {shown(tensor.name)} from {list(start)} on is stored"
+                self.add_defect(message)
+            return
+        piece = Piece(tensor.name, tensor.path, *place, tensor, start, size)
+        self.pieces.append(piece)
+        if piece.length < piece.data_bytes:
+            self.add_defect(
+                f"{shown(tensor.name)}: {piece.length:,} bytes of {shown(piece.file)} are given to a chunk of "
+                f"{piece.data_bytes:,} bytes"
+            )
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
@@ -145,41 +186,46 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None
         if not isinstance(name, str) or not isinstance(file, str):
             raise MetadataDefectError("an entry or a file is not named by text")
         if place.get("transform_descriptors"):
-            raise MetadataDefectError(f"{name} was transformed when it was stored (compressed, say), and is not read")
+            raise MetadataDefectError(
+                f"{shown(name)} was transformed when it was stored (compressed, say), and is not read"
+            )
         offset, length = _size(place.get("offset"), "an offset"), _size(place.get("length"), "a length")
         if (name, start) in places:
-            raise MetadataDefectError(f"{name} is stored twice")
+            raise MetadataDefectError(f"{shown(name)} is stored twice")
         places[name, start] = (file, offset, length)
     return places
 
 
-def _tensor(name: str, path: PathTo, entry: object) -> tuple[ShardedTensor, list[tuple[tuple[int, ...], ...]]]:
-    fields = _fields(entry, _METADATA, "TensorStorageMetadata")
-    shape, chunks = _sizes(fields.get("size"), "a shape"), fields.get("chunks")
-    if not isinstance(chunks, list):
-        raise MetadataDefectError(f"{name} has no list of chunks")
-    pieces: list[tuple[tuple[int, ...], ...]] = []
-    for chunk in chunks:
-        parts = _fields(chunk, _METADATA, "ChunkStorageMetadata")
-        pieces.append((_sizes(parts.get("offsets"), "a chunk"), _sizes(parts.get("sizes"), "a chunk")))
-    filled = sum(1 for _, size in pieces if math.prod(size))
-    return ShardedTensor(name, path, _dtype(name, fields.get("properties")), shape, filled), pieces
+def _chunk(value: object) -> Chunk:
+    fields = _fields(value, _METADATA, "ChunkStorageMetadata")
+    return _sizes(fields.get("offsets"), "a chunk"), _sizes(fields.get("sizes"), "a chunk")
 
 
 def _dtype(name: str, properties: object) -> str:
-    if not _is_a(properties, _METADATA, "TensorProperties"):
-        raise MetadataDefectError(f"{name} has no TensorProperties")
-    assert isinstance(properties, Call)
+    """The dtype in `TensorProperties`: (dtype, layout, requires_grad, memory format, pinned)."""
+    if not _is_a(properties, _METADATA, "TensorProperties") or not isinstance(properties, Call):
+        raise MetadataDefectError(f"{shown(name)} has no TensorProperties")
     state = properties.state
-    dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        raise MetadataDefectError(f"the TensorProperties of {shown(name)} are not five values")
+    dtype, layout, _, memory_format, _ = state
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPE_BYTES:
-        raise MetadataDefectError(f"{name} has the unknown dtype {dtype!s:.60}")
+        raise MetadataDefectError(f"{shown(name)} has the unknown dtype {dtype!s:.60}")
+    if _argument(layout, "torch.serialization", "_get_layout") not in _LAYOUTS:
+        raise MetadataDefectError(f"{shown(name)} has an unknown layout")
+    if _argument(memory_format, _METADATA, "_MEM_FORMAT_ENCODING") not in (0, 1, 2):
+        raise MetadataDefectError(f"{shown(name)} has an unknown memory format")
     return dtype.name
 
 
-def _why_not_whole(
-    shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], ...]], budget: int
-) -> tuple[str, int]:
+def _argument(value: object, module: str, name: str) -> object:
+    """The one argument of a call of that function; None where it is something else."""
+    if not isinstance(value, Call) or not _is_a(value, module, name) or len(value.args) != 1:
+        return None
+    return value.args[0] if type(value.args[0]) in (str, int) else None
+
+
+def _why_not_whole(shape: tuple[int, ...], chunks: Sequence[Chunk], budget: int) -> tuple[str, int]:
     """Why the chunks do not make up the tensor, each element once; empty when they do. And the comparisons used."""
     for start, size in chunks:
         if len(start) != len(shape) or len(size) != len(shape):
@@ -192,10 +238,10 @@ def _why_not_whole(
     return _overlap([c for c in chunks if math.prod(c[1])], budget)
 
 
-def _overlap(chunks: list[tuple[tuple[int, ...], ...]], budget: int) -> tuple[str, int]:
+def _overlap(chunks: list[Chunk], budget: int) -> tuple[str, int]:
     """Sweeps along the first dimension, comparing each chunk with those that have not ended."""
     used = 0
-    alive: list[tuple[tuple[int, ...], ...]] = []
+    alive: list[Chunk] = []
     for start, size in sorted(chunks):
         if not start:
             return ("it has more than one chunk", used) if len(chunks) > 1 else ("", used)
@@ -211,13 +257,15 @@ def _overlap(chunks: list[tuple[tuple[int, ...], ...]], budget: int) -> tuple[st
 
 
 def _path(paths: object, name: str) -> PathTo:
-    path = paths.get(name) if isinstance(paths, dict) else None
-    if path is None:
+    if not isinstance(paths, dict) or not paths:
         return (name,)
+    path = paths.get(name)
     if not isinstance(path, tuple) or not 0 < len(path) <= MAX_DEPTH or any(type(p) not in (str, int) for p in path):
-        raise MetadataDefectError(f"the place of {name} in the state dict is no tuple of keys")
+        raise MetadataDefectError(f"the place of {shown(name)} in the state dict is no tuple of keys")
     if ".".join(map(str, path)) != name:
-        raise MetadataDefectError(f"{name} is said to stand at {'.'.join(map(str, path))[:200]} in the state dict")
+        raise MetadataDefectError(
+            f"{shown(name)} is said to stand at {shown('.'.join(map(str, path)))} in the state dict"
+        )
     return path
 
 
@@ -265,10 +313,10 @@ def nested(values: Iterable[tuple[PathTo, object]]) -> dict[str, Any]:
                 at[key] = {}
                 containers.add(id(at[key]))
             elif id(at[key]) not in containers:
-                raise MetadataDefectError(f"{'.'.join(map(str, path))[:200]} lies within a value")
+                raise MetadataDefectError(f"{shown('.'.join(map(str, path)))} lies within a value")
             at = at[key]
         if path[-1] in at:
-            raise MetadataDefectError(f"{'.'.join(map(str, path))[:200]} stands twice in the state dict")
+            raise MetadataDefectError(f"{shown('.'.join(map(str, path)))} stands twice in the state dict")
         at[path[-1]] = value
     tree: dict[str, Any] = {str(key): _with_lists(value, containers) for key, value in root.items()}
     return tree

@@ -57,6 +57,7 @@ from enstack_lightning.checkpoint.readers.states import (
     whole,
 )
 from enstack_lightning.checkpoint.readers.torch_archive import read_archive
+from enstack_lightning.checkpoint.safetensors_file import shown
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 METADATA_FILE = ".metadata"
@@ -191,7 +192,7 @@ def _unpickled(folder: _Folder, name: str) -> Unpickled | None:
     if defect is None and size > MAX_METADATA_BYTES:
         defect = Defect(DefectKind.DAMAGED, name, f"it has {size:,} bytes; the limit is {MAX_METADATA_BYTES:,}")
     if size:
-        folder.files[name] = FileFacts(name, size)
+        folder.files[name] = FileFacts(name, size, without_checksum=size)
     if defect is not None:
         folder.add(defect.kind, defect.where, defect.message)
         return None
@@ -238,7 +239,7 @@ def _note_unnamed(folder: _Folder, name: str, described: bool) -> None:
 
 def _is_whole(folder: _Folder, file: str, pieces: list[Piece]) -> bool:
     if leads_out(file):
-        folder.add(DefectKind.DAMAGED, METADATA_FILE, f"it names the file {file!r:.80}, which leads out of the folder")
+        folder.add(DefectKind.DAMAGED, METADATA_FILE, f"it names the file {shown(file)}, which leads out of the folder")
         return False
     defect, size = folder.location.child(file).check_file(file, folder.location)
     if size:
@@ -250,7 +251,7 @@ def _is_whole(folder: _Folder, file: str, pieces: list[Piece]) -> bool:
     end = 0
     for piece in pieces:
         if piece.offset != end:
-            message = f"{piece.name} begins at byte {piece.offset:,}; the entry before it ends at {end:,}"
+            message = f"{shown(piece.name)} begins at byte {piece.offset:,}; the entry before it ends at {end:,}"
             folder.add(DefectKind.DAMAGED, file, message)
             return False
         end = piece.offset + piece.length

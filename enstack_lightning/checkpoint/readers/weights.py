@@ -31,7 +31,7 @@ from enstack_lightning.checkpoint.location import Location, leads_out
 from enstack_lightning.checkpoint.readers.json_file import read_json_object
 from enstack_lightning.checkpoint.readers.states import named_weights, plain, tensors_of
 from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
-from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, spans
+from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, shown, spans
 from enstack_lightning.checkpoint.source import ContainerDefectError
 
 CONFIG_FILE = "config.json"
@@ -159,7 +159,7 @@ def _conflict(loaded: _Weights, other: _Weights) -> list[Oddity]:
         return []
     message = (
         f"{len(differing):,} of {len(headers):,} tensors of {loaded.name} are not in it or have another shape or dtype "
-        f"there ({differing[0]}); transformers loads {loaded.name} and leaves it unread"
+        f"there ({shown(differing[0])}); transformers loads {loaded.name} and leaves it unread"
     )
     return [Oddity(OddityKind.STRAY_FILE, other.name, message)]
 
@@ -273,8 +273,8 @@ def _weight_map(weights: _Weights, index: Mapping[str, Any], suffix: str) -> dic
             refused.setdefault(f"{shard!r:.80}", reason)
         else:
             kept[tensor] = shard
-    for shown, reason in refused.items():
-        weights.defect(DefectKind.DAMAGED, weights.name, f"it names the shard {shown}, {reason}")
+    for shard, reason in refused.items():
+        weights.defect(DefectKind.DAMAGED, weights.name, f"it names the shard {shard}, {reason}")
     _compare_counts(weights, set(kept.values()))
     if len(set(kept.values())) > MAX_SHARDS:
         weights.defect(
@@ -315,15 +315,17 @@ def _compare(weights: _Weights, weight_map: Mapping[str, str], tensors: Mapping[
     held = {shard: {t.name for t in found} for shard, found in tensors.items()}
     for tensor, shard in weight_map.items():
         if shard in held and tensor not in held[shard]:
-            weights.defect(DefectKind.DAMAGED, shard, f"the index says that it holds {tensor}, and it does not")
+            weights.defect(DefectKind.DAMAGED, shard, f"the index says that it holds {shown(tensor)}, and it does not")
     for shard, names in held.items():
         for tensor in sorted(names):
             if tensor not in weight_map:
-                weights.defect(DefectKind.DAMAGED, shard, f"it holds {tensor}, which the index does not name")
+                weights.defect(DefectKind.DAMAGED, shard, f"it holds {shown(tensor)}, which the index does not name")
     times = Counter(tensor for names in held.values() for tensor in names)
     for tensor in sorted(tensor for tensor, count in times.items() if count > 1):
         shards = ", ".join(sorted(shard for shard, names in held.items() if tensor in names)[:5])
-        weights.defect(DefectKind.DAMAGED, weights.name, f"{tensor} is held by {times[tensor]:,} shards: {shards}")
+        weights.defect(
+            DefectKind.DAMAGED, weights.name, f"{shown(tensor)} is held by {times[tensor]:,} shards: {shards}"
+        )
 
 
 def _compare_size(weights: _Weights, index: Mapping[str, Any], complete: bool) -> None:
