@@ -103,7 +103,7 @@ def content_of(source: Source) -> Content:
 
 def content_of_beginning(beginning: bytes, size: int) -> Content:
     """What a file of `size` bytes is by its first bytes, 512 or all; a zip archive is taken for one of torch."""
-    if beginning.startswith(b"PK\x03\x04"):
+    if beginning and beginning[:4] == b"PK\x03\x04"[: len(beginning)]:
         return Content(ContentKind.TORCH_ZIP, "a torch file")
     if _LEGACY_MAGIC in beginning[:32]:
         return Content(ContentKind.TORCH_LEGACY, "a torch file in the format of torch before 1.6")

@@ -55,7 +55,9 @@ def read_plain_torch(archive: TorchArchive, path: str) -> Facts:
     if facts.tensors or facts.optimizers or facts.format is Format.UNKNOWN:
         return facts
     held = getattr(value, "function", None)
-    what = f"a pickled object of {held}" if held is not None else f"a {type(value).__name__} without a tensor in it"
+    kind = type(value).__name__
+    article = "an" if kind[0] in "aeiou" else "a"
+    what = f"a pickled object of {held}" if held is not None else f"{article} {kind} without a tensor in it"
     advice = "; save model.state_dict() instead of the model" if held is not None else ""
     defect = Defect(DefectKind.UNRECOGNISED, archive.name, f"it holds {what}{advice}")
     return dataclasses.replace(facts, defects=(*facts.defects, defect))
