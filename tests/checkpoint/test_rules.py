@@ -381,7 +381,7 @@ def test_no_permission_is_an_error_of_its_own(trained: Path, tmp_path: Path) -> 
         report = verify_checkpoint(path)
     finally:
         os.seteuid(user)
-    assert codes(report, Severity.ERROR) == {"CK106"}
+    assert codes(report, Severity.ERROR) == {"CK106"}, report.findings
     assert "Permission denied" in said(report, "CK106")
 
 

@@ -109,6 +109,7 @@ class TorchArchive:
             self._file = _container(source)
             content = self._file.read_pickle()
             self.value = content.value
+            self.oddities += [Oddity(kind, f"{self.name}:data.pkl", message) for kind, message in content.oddities]
             self.globals = self._globals_of(content.globals)
             self._check_storages(content.tensors)
         except ContainerDefectError as e:
@@ -158,7 +159,7 @@ class TorchArchive:
             self.scan({}, {})
         if self._file is not None:
             self._add(defect_of(e, self.name) for e in self._file.defects)
-            self.oddities = [
+            self.oddities += [
                 dataclasses.replace(o, where=f"{self.name}:{o.where}" if o.where else self.name)
                 for o in self._file.oddities
             ]
