@@ -123,8 +123,8 @@ class SpanValues:
         odd, zero = self._odd[form], self._zero[form]
         chunks = view.chunks(form)
         fills = view.dense and (view.start, view.end) == (0, held)
-        if not odd and (fills or not zero):
-            return _Values(all_zero=fills and len(zero) == len(chunks))
+        if fills and not odd:
+            return _Values(all_zero=len(zero) == len(chunks))
         if not budget.take(_VISIT_BYTES * len(chunks)):
             return None if odd else _Values()
         search = _Search(tensor, view, self._span, read, budget)
@@ -236,7 +236,10 @@ class _Search:
     def nonfinite(self, chunks: Sequence[int]) -> _Values | None:
         """What is not finite in these chunks; None where it cannot be looked up."""
         if not self._view.distinct:
-            return self._nonfinite_of_overlapping()
+            odd = self._overlapping(self._form.nonfinite)
+            if odd is None:
+                return None
+            return self.described(int(odd.sum()), int(odd.argmax())) if odd.any() else _Values()
         count, first = 0, -1
         for chunk in chunks:
             start, end = self._within(chunk)
@@ -251,13 +254,16 @@ class _Search:
 
     def only_zeros(self, chunks: Sequence[int], zero: set[int]) -> bool:
         """Whether each value is zero, where `zero` are the chunks that hold nothing else."""
+        if not self._view.distinct:
+            nonzero = self._overlapping(self._form.nonzero)
+            return nonzero is not None and not nonzero.any()
         for chunk in chunks:
             if chunk in zero:
                 continue
             start, end = self._within(chunk)
             if self._view.dense and end - start == values_in_chunk(self._form):
                 return False
-            if not self._budget.take((end - start) * self._form.value_bytes) or not self._view.distinct:
+            if not self._budget.take((end - start) * self._form.value_bytes):
                 return False
             nonzero = self._form.nonzero(self._bits(start, end))
             if nonzero.any() and (self._view.dense or any(p.size for p in self._places(start, nonzero))):
@@ -274,7 +280,8 @@ class _Search:
         text = self._form.text(self._bits(position, position + 1))
         return _Values(count * self._view.repeats, index, text)
 
-    def _nonfinite_of_overlapping(self) -> _Values | None:
+    def _overlapping(self, judge: Callable[[Bits], NDArray[np.bool_]]) -> NDArray[np.bool_] | None:
+        """What `judge` says of each value of a tensor that overlaps itself; None where that is too much to look up."""
         import numpy as np
 
         start, end = self._view.start, self._view.end
@@ -284,10 +291,9 @@ class _Search:
             return None
         if not self._budget.take(size):
             return None
-        odd = self._form.nonfinite(self._bits(start, end))
-        seen = np.lib.stride_tricks.as_strided(odd, [a.size for a in axes], [a.stride for a in axes], writeable=False)
-        found = np.flatnonzero(seen)
-        return self.described(len(found), int(found[0])) if len(found) else _Values()
+        judged = judge(self._bits(start, end))
+        strides = [axis.stride for axis in axes]  # in bytes, of which a truth value takes one
+        return np.lib.stride_tricks.as_strided(judged, [axis.size for axis in axes], strides, writeable=False)
 
     def _within(self, chunk: int) -> tuple[int, int]:
         """The part of a chunk, in values, that the tensor reaches over."""
