@@ -93,6 +93,7 @@ class _Machine:
         self.data = data
         self.at = start
         self.end = len(data)
+        self.frame_end = start
         self.max_opcodes = max_opcodes
         self.legacy = legacy
         self.protocol = 0
@@ -218,8 +219,8 @@ class _Machine:
         )
 
     def stop(self) -> Unpickled:
-        if self.at != self.end < len(self.data):
-            raise PickleDefectError(f"the pickle ends before its frame does, at byte {self.end:,}")
+        if self.at < self.frame_end:
+            raise PickleDefectError(f"the pickle ends before its frame does, at byte {self.frame_end:,}")
         if len(self.stack) != 1 or self.below_marks:
             left = len(self.stack) + sum(map(len, self.below_marks))
             raise PickleDefectError(
@@ -280,14 +281,14 @@ class _Machine:
 
     def frame(self) -> None:
         length = self.number("<Q")
-        if self.protocol < 4 or self.end != len(self.data):
+        if self.protocol < 4 or self.at - 9 < self.frame_end:
             raise PickleDefectError(f"a frame begins at byte {self.at - 9:,}, where none can")
         if length > len(self.data) - self.at:
             raise PickleDefectError(
                 f"a frame of {length:,} bytes begins with {len(self.data) - self.at:,} bytes left in the pickle",
                 cut_short=True,
             )
-        self.end = self.at + length
+        self.end = self.frame_end = self.at + length
 
     def tuple3(self) -> None:
         stack = self.stack

@@ -1,4 +1,4 @@
-"""What torch's pickles call, by the names that `torch.load(weights_only=True)` allows, and the values that come of it.
+"""What torch's pickles call, mostly names that `torch.load(weights_only=True)` allows, and the values that come of it.
 
 Each function here takes the arguments that the pickle gives to torch's function of that name, checks their number and
 types, and returns a descriptor, a plain value or an inert `Call`; what torch would not write is a defect. Nothing that
@@ -9,6 +9,7 @@ The arguments: torch/_utils.py, torch/_tensor.py; the persistent id of a storage
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -279,6 +280,26 @@ def _set(work: Work, args: tuple[Any, ...]) -> set[Any]:
     return set(work.keys(values))
 
 
+def _frozen_set(work: Work, args: tuple[Any, ...]) -> frozenset[Any]:
+    return frozenset(_set(work, args))
+
+
+def _bytes(work: Work, args: tuple[Any, ...]) -> bytes:
+    _arguments(args, (0,), "bytes")  # how protocol 2 writes empty ones
+    return b""
+
+
+def _numpy_scalar(work: Work, args: tuple[Any, ...]) -> Any:
+    # (dtype, bytes): a metric that NumPy computed
+    dtype, raw = _arguments(args, (2,), "numpy's scalar")
+    if isinstance(dtype, Call) and dtype.function == _NUMPY_DTYPE and dtype.args and isinstance(raw, bytes):
+        form = _NUMPY_FORMS.get(dtype.args[0]) if isinstance(dtype.args[0], str) else None
+        order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
+        if form is not None and order in ("<", ">", "|") and len(raw) == struct.calcsize(form):
+            return struct.unpack(order.replace("|", "<") + form, raw)[0]
+    return Call(_NUMPY_SCALAR, args)
+
+
 def _complex(work: Work, args: tuple[Any, ...]) -> complex:
     real, imaginary = _arguments(args, (2,), "complex")
     if type(real) is not float or type(imaginary) is not float:
@@ -308,6 +329,9 @@ _GET_LAYOUT = Global("torch.serialization", "_get_layout")
 _NESTED = Global("torch._utils", "_rebuild_nested_tensor")
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _DEVICE = Global("torch", "device")
+_NUMPY_DTYPE = Global("numpy", "dtype")
+_NUMPY_SCALAR = Global("numpy._core.multiarray", "scalar")
+_NUMPY_FORMS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u8": "Q", "b1": "?"}
 _LAYOUTS = frozenset({"strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged"})
 TENSOR_MODULES = frozenset({"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"})
 _STORAGES = {Global(m, name): dtype for name, dtype in STORAGE_DTYPES.items() for m in ("torch", "torch.cuda")} | {
@@ -322,7 +346,11 @@ REBUILD: dict[Any, Callable[[Work, tuple[Any, ...]], Any]] = {
     Global("torch.nn.parameter", "Parameter"): _parameter,
     Global("collections", "Counter"): _counter,
     Global("builtins", "set"): _set,
+    Global("builtins", "frozenset"): _frozen_set,
+    Global("builtins", "bytes"): _bytes,
     Global("builtins", "complex"): _complex,
+    Global("numpy.core.multiarray", "scalar"): _numpy_scalar,
+    _NUMPY_SCALAR: _numpy_scalar,
     Global("builtins", "bytearray"): _byte_array,
     Global("_codecs", "encode"): _encoded,
     **{
