@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 _MODEL_TYPES = {"bert", "camembert", "roberta", "xlm-roberta"}
 _EMBEDDINGS = "embeddings.word_embeddings.weight"
-_LAYER = re.compile(r"encoder\.layer\.([0-9]{1,6})\.(.+)")
+_NUMBERED = re.compile(r"([0-9]{1,6})\.(.+)")
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTED = ("lora_", "base_layer.", "modules_to_save.", "adapter", "parametrizations.")
 """Parts of names that adapters (PEFT) and parametrizations put in: what is missing there stands elsewhere."""
@@ -100,51 +100,52 @@ class _Encoder:
     Attributes:
         prefix: what stands before the encoder's own names (`roberta.`, `network.roberta.`, nothing).
         outer: what stands before the names of its head (`network.`, nothing).
-        own: shape of each tensor below the prefix, by the name without it.
-        others: shape of every other tensor, by its whole name.
+        layers: shape of each tensor of each numbered layer, by the name below it.
+        shapes: shape of every tensor of the checkpoint, by its whole name.
     """
 
     prefix: str
     outer: str
-    own: Mapping[str, Shape]
-    others: Mapping[str, Shape]
-
-    @property
-    def layers(self) -> dict[int, set[str]]:
-        """The names that each numbered layer has."""
-        found: dict[int, set[str]] = {}
-        for name in self.own:
-            if match := _LAYER.fullmatch(name):
-                found.setdefault(int(match[1]), set()).add(match[2])
-        return found
+    layers: Mapping[int, Mapping[str, Shape]]
+    shapes: Mapping[str, Shape]
 
 
 def _encoder(facts: Facts) -> _Encoder | None:
     """The checkpoint's encoder, where there is exactly one and no adapter has changed its names."""
-    shapes = {_modern(t.name): t.shape for t in facts.tensors}
+    if not any(t.name.endswith(_EMBEDDINGS) for t in facts.tensors) or _is_reshaped(facts):
+        return None
+    shapes = _modern({t.name: t.shape for t in facts.tensors})
     prefixes = [name.removesuffix(_EMBEDDINGS) for name in shapes if name.endswith(_EMBEDDINGS)]
-    if len(prefixes) != 1 or _is_reshaped(facts):
+    if len(prefixes) != 1:
         return None
     (prefix,) = prefixes
     if f"{prefix}encoder.layer.0.attention.self.query.weight" not in shapes and not _is_known(facts):
         return None
-    own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    others = {name: shape for name, shape in shapes.items() if prefix == "" or not name.startswith(prefix)}
-    outer = prefix[: prefix.rstrip(".").rfind(".") + 1]
-    return _Encoder(prefix, outer, own, others)
+    layers: dict[int, dict[str, Shape]] = {}
+    below = f"{prefix}encoder.layer."
+    for name, shape in shapes.items():
+        if name.startswith(below) and (match := _NUMBERED.fullmatch(name, len(below))):
+            layers.setdefault(int(match[1]), {})[match[2]] = shape
+    return _Encoder(prefix, prefix[: prefix.rstrip(".").rfind(".") + 1], layers, shapes)
 
 
-def _modern(name: str) -> str:
-    """The name as the model calls it today: without wrappers, and without the gamma and beta of TensorFlow's BERT."""
-    name = _WRAPPERS.sub("", name)
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def _modern(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """The names as the model gives them today: without wrappers, and without TensorFlow's gamma and beta."""
+    names = "\n".join(shapes)
+    if _WRAPPERS.search(names):
+        shapes = {_WRAPPERS.sub("", name): shape for name, shape in shapes.items()}
+    if "LayerNorm.gamma" in names:
+        shapes = {
+            name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): shape
+            for name, shape in shapes.items()
+        }
+    return shapes
 
 
 def _is_reshaped(facts: Facts) -> bool:
     """Whether an adapter, quantization or pruning gave the weights other names or shapes."""
-    return any(facts.model_config.get(name) for name in _RESHAPED) or any(
-        part in tensor.name for tensor in facts.tensors for part in _ADAPTED
-    )
+    names = "\n".join(t.name for t in facts.tensors)
+    return any(facts.model_config.get(name) for name in _RESHAPED) or any(part in names for part in _ADAPTED)
 
 
 def _is_known(facts: Facts) -> bool:
@@ -222,14 +223,13 @@ def _wrong_labels(facts: Facts) -> Iterator[Outcome]:
 
 
 def _wrong_shapes(encoder: _Encoder, config: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    for name, shape in encoder.own.items():
-        layer = _LAYER.fullmatch(name)
-        named = _OF_A_LAYER.get(layer[2]) if layer else _OF_THE_EMBEDDINGS.get(name)
-        yield from _misfit(encoder.prefix + name, shape, named, sizes)
-    for name, named in _head(encoder, config).items():
-        found = encoder.others.get(name) or encoder.own.get(name)
-        if found is not None:
-            yield from _misfit(name, found, named, sizes)
+    for number, layer in encoder.layers.items():
+        for part, shape in layer.items():
+            yield from _misfit(f"{encoder.prefix}encoder.layer.{number}.{part}", shape, _OF_A_LAYER.get(part), sizes)
+    named = {encoder.prefix + name: wanted for name, wanted in _OF_THE_EMBEDDINGS.items()}
+    for name, wanted in (*named.items(), *_head(encoder, config).items()):
+        if name in encoder.shapes:
+            yield from _misfit(name, encoder.shapes[name], wanted, sizes)
 
 
 def _misfit(
@@ -317,13 +317,13 @@ def _missing_in_encoder(encoder: _Encoder, config: Mapping[str, Any]) -> Iterato
             if part in parts and part not in layers[number]:
                 yield f"{encoder.prefix}encoder.layer.{number}.{part}"
     for name in _OF_THE_EMBEDDINGS if config else ():
-        if name not in encoder.own:
+        if encoder.prefix + name not in encoder.shapes:
             yield encoder.prefix + name
 
 
 def _missing_in_head(encoder: _Encoder, config: Mapping[str, Any], known: bool) -> Iterator[str]:
     for name in _head(encoder, config) if known else ():
-        if name not in encoder.others and name not in encoder.own:
+        if name not in encoder.shapes:
             yield name
 
 
