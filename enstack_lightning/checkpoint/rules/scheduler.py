@@ -110,8 +110,9 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
     """The learning rate that training continues with is below 1e-8, or above twice the initial one and twice
     the peak that its schedule names (`OneCycleLR`, `CyclicLR`).
 
-    A rate next to 0 is what the schedule gives at the start of a warm-up, at the end of a finished run, and for a group
-    that was given no more from the beginning. `SWALR` comes down from whatever rate it found.
+    Too low is an optimizer of which no group trains on: one group at 0 is how a part of a model is held still. A rate
+    next to 0 is what the schedule gives at the start of a warm-up, and at the end of a finished run. `SWALR` comes down
+    from whatever rate it found.
     """
     plan = plan_resume(facts)
     excused = (plan is not None and plan.kind == "finished") or any(
@@ -121,38 +122,34 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
     if any(s.kind == "SWALR" for s in facts.schedulers or ()):
         peaks.append(math.inf)
     for number, optimizer in enumerate(facts.optimizers or ()):
-        outcomes = [
-            outcome
-            for index, group in enumerate(optimizer.groups)
-            if group.lr is not None and (outcome := _bounded(number, index, group, peaks, excused, options))
-        ]
-        if outcomes:
-            yield outcomes[0]  # the other groups share the schedule
-        elif any(group.lr is not None for group in optimizer.groups):
+        groups = [(index, group, group.lr) for index, group in enumerate(optimizer.groups) if group.lr is not None]
+        too_high = [g for g in groups if g[2] > _highest(g[1], peaks, options)]
+        if not groups:
+            continue
+        if too_high:
+            index, group, rate = too_high[0]
+            whose = f"optimizer {number}" + (f", group {index}" if index else "")
+            yield warning(
+                f"learning rate {rate:.2e} of {whose} is above {_highest(group, peaks, options):.2e}",
+                "learning rate",
+                "Check the schedule: this is more than it should ever give.",
+            )
+        elif not excused and all(rate < options.min_lr for _, _, rate in groups):
+            yield warning(
+                f"learning rate {_rates_of(optimizer)} of optimizer {number} is below {options.min_lr:.0e}: training "
+                "would change almost nothing",
+                "learning rate",
+                "The schedule has run out: train with a longer one, or stop here.",
+            )
+        else:
             yield passed(f"learning rate {_rates_of(optimizer)} of optimizer {number} within bounds")
 
 
-def _bounded(
-    number: int, index: int, group: ParamGroupFacts, peaks: Sequence[float], excused: bool, options: Options
-) -> Outcome | None:
-    rate = group.lr or 0.0
+def _highest(group: ParamGroupFacts, peaks: Sequence[float], options: Options) -> float:
+    if options.max_lr is not None:
+        return options.max_lr
     peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
-    highest = options.max_lr if options.max_lr is not None else 2 * peak if peak else math.inf
-    whose = f"optimizer {number}" + (f", group {index}" if index else "")
-    never_more = group.initial_lr is not None and group.initial_lr < options.min_lr and rate <= group.initial_lr
-    if rate < options.min_lr and not excused and not never_more:
-        return warning(
-            f"learning rate {rate:.2e} of {whose} is below {options.min_lr:.0e}: training would change almost nothing",
-            "learning rate",
-            "The schedule has run out: train with a longer one, or stop here.",
-        )
-    if rate > highest:
-        return warning(
-            f"learning rate {rate:.2e} of {whose} is above {highest:.2e}",
-            "learning rate",
-            "Check the schedule: this is more than it should ever give.",
-        )
-    return None
+    return 2 * peak if peak else math.inf
 
 
 def _warms_up(scheduler: SchedulerFacts, options: Options) -> bool:

@@ -1,0 +1,217 @@
+"""Position, rate and length of schedules: real schedulers of real runs, wrong, right and odd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
+from genuine import huggingface_trainer
+from torch.optim import lr_scheduler as schedules
+
+from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.errors import CheckpointGuardError
+from enstack_lightning.guard import CheckpointGuard
+
+
+def said(report: Report, code: str, severity: str = "") -> str:
+    return " | ".join(f.message for f in report.findings if f.code == code and f.severity.startswith(severity))
+
+
+class Scheduled(TinyModule):
+    """A TinyModule under the schedules that `make` gives for its optimizer, in two param groups."""
+
+    def __init__(self, make: Callable[[Any], Any], interval: str = "step", lr: float = 1e-2) -> None:
+        super().__init__()
+        self.make, self.interval, self.rate = make, interval, lr
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": [self.layer.weight]}, {"params": [self.layer.bias], "lr": self.rate / 2}]
+        optimizer = torch.optim.AdamW(groups, lr=self.rate)
+        made = self.make(optimizer)
+        made = made if isinstance(made, list) else [made]
+        return [optimizer], [{"scheduler": s, "interval": self.interval, "monitor": "loss"} for s in made]
+
+    def training_step(self, batch: Any) -> Any:
+        loss = super().training_step(batch)
+        self.log("loss", loss)
+        return loss
+
+
+def run(folder: Path, module: TinyModule, **options: Any) -> list[Path]:
+    """The checkpoints of a guarded run, one after every step and every epoch."""
+    quiet_trainer(folder, CheckpointGuard(), every_step(folder), every_epoch(folder), **options).fit(module)
+    return sorted(folder.glob("*.ckpt"))
+
+
+HEALTHY: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "step by epoch": (lambda o: schedules.StepLR(o, 1), "epoch"),
+    "plateau": (lambda o: schedules.ReduceLROnPlateau(o), "epoch"),
+    "one cycle": (lambda o: schedules.OneCycleLR(o, [0.1, 0.2], total_steps=15), "step"),
+    "cosine to the end": (lambda o: schedules.CosineAnnealingLR(o, 15), "step"),
+    "two on one optimizer": (lambda o: [schedules.StepLR(o, 3), schedules.ExponentialLR(o, 0.9)], "step"),
+    "warm-up from next to nothing": (lambda o: schedules.LinearLR(o, 1e-9, total_iters=100), "step"),
+    "warm-up of a function": (lambda o: schedules.LambdaLR(o, lambda t: t * 1e-8), "step"),
+    "chain": (lambda o: schedules.ChainedScheduler([schedules.ConstantLR(o), schedules.ExponentialLR(o, 0.9)]), "step"),
+    "one group that never trains": (lambda o: schedules.LambdaLR(o, [lambda t: 1.0, lambda t: 0.0]), "step"),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.filterwarnings("ignore")
+def test_every_checkpoint_of_a_healthy_run_passes(name: str, tmp_path: Path) -> None:
+    make, interval = HEALTHY[name]
+    for path in run(tmp_path, Scheduled(make, interval)):
+        report = verify_checkpoint(path)
+        warned = report.of(Severity.WARNING)
+        assert report.verdict is Verdict.PASS, (path.name, warned, report.of(Severity.ERROR))
+
+
+def scheduler(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda checkpoint: checkpoint["lr_schedulers"][0].update(entries)
+
+
+def both(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    """The scheduler's last rates and the optimizer's, which then agree with each other."""
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        checkpoint["lr_schedulers"][0].update(entries)
+        for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], entries["_last_lr"], strict=True):
+            group["lr"] = rate
+
+    return edit
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str, str]] = {
+    "second group's rate": (
+        "cosine to the end",
+        lambda c: c["optimizer_states"][0]["param_groups"][1].update(lr=4e-3),
+        "CK503",
+        "warning",
+        "the optimizer's learning rate is 4.000000e-03",
+    ),
+    "second group beyond its peak": (
+        "one cycle",
+        lambda c: c["optimizer_states"][0]["param_groups"][1].update(lr=9.0),
+        "CK502",
+        "warning",
+        "9.00e+00 of optimizer 0, group 1 is above 4.00e-01",
+    ),
+    "all groups next to nothing": (
+        "cosine to the end",
+        both(_last_lr=[1e-12, 1e-13]),
+        "CK502",
+        "warning",
+        "1.00e-12, 1.00e-13 of optimizer 0 is below 1e-08",
+    ),
+    "a cycle's rate of another step": (
+        "one cycle",
+        both(_last_lr=[0.05, 0.1]),
+        "CK504",
+        "warning",
+        "where its own OneCycleLR gives",
+    ),
+    "a rate set by hand": (
+        "cosine to the end",
+        both(_last_lr=[5e-3, 2.5e-3]),
+        "CK504",
+        "info",
+        "where its own CosineAnnealingLR gives",
+    ),
+    "a cycle shorter than the run": ("one cycle", scheduler(total_steps=10), "CK505", "error", "3 of 10 steps left"),
+    "a cosine shorter than the run": (
+        "cosine to the end",
+        lambda c: c["lr_schedulers"][0].update(T_max=9),
+        "CK505",
+        "info",
+        "reaches its end at step 9, and the run goes on to 15: the rate rises again",
+    ),
+    "behind": ("cosine to the end", scheduler(last_epoch=5), "CK501", "warning", "scheduler steps 5, expected 7"),
+    "read as epochs": (
+        "step by epoch",
+        lambda c: (
+            c["lr_schedulers"][0].update(last_epoch=7),
+            c["loops"]["fit_loop"]["epoch_loop.scheduler_progress"]["total"].update(completed=7),
+        ),
+        "CK501",
+        "warning",
+        "steps every epoch and stands at 7, expected 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told(fault: str, tmp_path: Path) -> None:
+    name, edit, code, severity, words = FAULTS[fault]
+    run(tmp_path, Scheduled(*HEALTHY[name]))
+    report = verify_checkpoint(edited(tmp_path / "step=7.ckpt", tmp_path / "edited.ckpt", edit))
+    assert words in said(report, code, severity), report.findings
+    expected = {"error": Verdict.FAIL, "warning": Verdict.WARN, "info": Verdict.PASS}[severity]
+    assert report.verdict is expected, report.findings
+
+
+def test_the_next_rates_are_those_that_follow(tmp_path: Path) -> None:
+    run(tmp_path, Scheduled(*HEALTHY["one cycle"]))
+    coming = [
+        torch.load(tmp_path / f"step={n}.ckpt", weights_only=True)["lr_schedulers"][0]["_last_lr"][0]
+        for n in range(8, 13)
+    ]
+    listed = ", ".join(f"{rate:.2e}" for rate in coming)
+    assert said(verify_checkpoint(tmp_path / "step=7.ckpt"), "CK506", "pass").endswith(listed)
+
+
+def test_a_complete_cycle_of_an_unguarded_run_is_worth_knowing(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(Scheduled(*HEALTHY["one cycle"]))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    report = verify_checkpoint(tmp_path / "c.ckpt")
+    assert "the schedule is complete: 15 of 15 steps" in said(report, "CK505", "info")
+    assert report.verdict is Verdict.PASS
+
+
+def test_the_guard_stops_a_longer_run_before_its_cycle_does(tmp_path: Path) -> None:
+    run(tmp_path, Scheduled(*HEALTHY["one cycle"]))
+    with pytest.raises(CheckpointGuardError, match="CK505 the schedule has 0 of 15 steps left and the run 10"):
+        quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=5).fit(
+            Scheduled(*HEALTHY["one cycle"]), ckpt_path=tmp_path / "step=15.ckpt"
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_guard_sees_a_scheduler_that_now_steps_by_epochs(tmp_path: Path) -> None:
+    make = lambda o: schedules.StepLR(o, 100)  # noqa: E731
+    run(tmp_path, Scheduled(make, "step"))
+    guard = CheckpointGuard()
+    quiet_trainer(tmp_path, guard).fit(Scheduled(make, "epoch"), ckpt_path=tmp_path / "step=7.ckpt")
+    assert guard.report is not None
+    assert "scheduler 0 steps every epoch and stands at 7, expected 1" in said(guard.report, "CK501", "warning")
+
+
+# EnStack and transformers
+
+
+def test_a_scheduler_that_shares_the_optimizers_steps_is_not_told_twice(tmp_path: Path) -> None:
+    report = verify_checkpoint(enstack_folder(tmp_path / "c", 8, optimizer_steps=20))
+    assert "optimizer steps 20, expected 80" in said(report, "CK401", "warning")
+    assert "scheduler steps 20, expected 80, the optimizer's own 20" in said(report, "CK501", "pass")
+
+
+def test_a_scheduler_that_stands_alone_is_told(tmp_path: Path) -> None:
+    folder = enstack_folder(tmp_path / "c", 8)
+
+    def edit(state: dict[str, Any]) -> None:
+        state["scheduler_state_dict"]["last_epoch"] = 3
+
+    edited(folder / "training_state.pth", folder / "training_state.pth", edit)
+    report = verify_checkpoint(folder)
+    assert "scheduler steps 3, expected 80 (8 epochs x 10 batches)" in said(report, "CK501", "warning")
+
+
+def test_the_scheduler_of_transformers_steps_with_its_optimizer(tmp_path: Path) -> None:
+    path = huggingface_trainer(tmp_path, 7)
+    assert "scheduler steps 7, expected 7" in said(verify_checkpoint(path), "CK501", "pass")
+    edited(path / "scheduler.pt", path / "scheduler.pt", lambda state: state.update(last_epoch=4))
+    assert "scheduler steps 4, expected 7 (global_step)" in said(verify_checkpoint(path), "CK501", "warning")
