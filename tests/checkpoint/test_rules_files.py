@@ -130,6 +130,12 @@ DEFECTS = {
 }
 
 
+def test_a_file_with_a_colon_in_its_name_is_not_called_intact() -> None:
+    for where in ("10:30.ckpt", "10:30.ckpt:data.pkl"):
+        facts = files("10:30.ckpt", "a.ckpt", defects=(Defect(DefectKind.DAMAGED, where, "it is wrong"),))
+        assert [message for _, _, message in findings(facts, "CK107")] == ["a.ckpt: 0.02 MB"]
+
+
 @pytest.mark.parametrize("kind", DefectKind)
 def test_every_kind_of_defect_is_an_error_of_one_rule(kind: DefectKind) -> None:
     facts = files("c.ckpt", defects=(Defect(kind, "c.ckpt:data/3", "it is wrong"),))

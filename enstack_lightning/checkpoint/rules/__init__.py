@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.rules import (
+    drift,
     files,
     manifest,
     optimizer,
@@ -18,7 +19,7 @@ from enstack_lightning.checkpoint.rules.rule import RULES, Finding, Options, Rul
 
 __all__ = ["RULES", "Finding", "Options", "Rule", "Severity", "judge"]
 
-_FAMILIES = (files, state, progress, optimizer, scheduler, weights, safety, manifest)
+_FAMILIES = (files, state, progress, optimizer, scheduler, weights, safety, manifest, drift)
 _RESUME_ONLY = ("CK3", "CK4", "CK5", "CK9")
 
 

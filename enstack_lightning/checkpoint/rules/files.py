@@ -146,9 +146,9 @@ def files_intact(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     Without `--deep` the values of tensors are not read. Some formats give no checksum to compare them with (CK108).
     """
-    bad = {d.where.partition(":")[0] for d in facts.defects}
+    places = [f"{d.where}:" for d in facts.defects]
     for file in facts.files:
-        if file.name not in bad:
+        if not any(place.startswith(f"{file.name}:") for place in places):
             rest = f", {_size(file.not_read)} of it not read (--deep compares its checksums)" if file.not_read else ""
             yield passed(f"{file.name}: {_size(file.size)}{rest}", file.name)
 
