@@ -235,15 +235,15 @@ class TorchFile:
         return self._source.read_at(record.offset, record.size, name)
 
     def _read_scalar_storage(self, name: str) -> bytes:
-        data = self._scalars.get(name)
-        if data is None:
-            data = self._scalars[name] = self.read(name)
-            self._scalar_bytes += len(data)
-            if self._scalar_bytes > MAX_SCALAR_BYTES:
+        if name not in self._scalars:
+            record = self.records.get(name)
+            if record is not None and self._scalar_bytes + record.size > MAX_SCALAR_BYTES:
                 raise ContainerDefectError(
                     "damaged", f"the storages of scalars take more than {MAX_SCALAR_BYTES:,} bytes", name
                 )
-        return data
+            self._scalars[name] = self.read(name)
+            self._scalar_bytes += len(self._scalars[name])
+        return self._scalars[name]
 
     def _checksum_of(self, record: Record) -> int | None:
         """The CRC-32 that a record was saved with; None where torch was told to write 0 instead.

@@ -1,0 +1,507 @@
+"""torch's zip archive: what torch.save writes is read, and whatever two readers could see differently is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.serialization import config as save_config
+
+from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint.deep import DeepRead
+from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind
+from enstack_lightning.checkpoint.inert_pickle import StorageDescriptor, TensorDescriptor
+from enstack_lightning.checkpoint.location import locate
+from enstack_lightning.checkpoint.readers.torch_archive import MAX_DEFECTS, read_archive
+from enstack_lightning.checkpoint.source import ContainerDefectError, LocalSource
+from enstack_lightning.checkpoint.torch_file import MAX_SCALAR_BYTES, TorchFile
+from enstack_lightning.checkpoint.zip_archive import MAX_RECORDS
+
+STATE = {
+    "a": torch.arange(12.0).reshape(3, 4),
+    "b": torch.arange(10),
+    "empty": torch.zeros(0, 3),
+    "view": torch.arange(100.0)[::3],
+    "step": torch.tensor(7.0),
+}
+
+
+def facts_of(path: Path, deep: bool = False) -> Facts:
+    with read_archive(locate(path), path.name, deep=DeepRead() if deep else None) as archive:
+        return archive.complete(Facts(str(path)))
+
+
+def messages(facts: Facts) -> str:
+    return " | ".join(f"{d.kind} {d.where} {d.message}" for d in facts.defects)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "t.pt"
+    torch.save(STATE, path)
+    return path
+
+
+# What torch.save writes
+
+
+@pytest.fixture
+def options() -> Iterator[object]:
+    kept = save_config.save.compute_crc32, save_config.save.storage_alignment
+    yield save_config.save
+    save_config.save.compute_crc32, save_config.save.storage_alignment = kept
+
+
+@pytest.mark.parametrize("name", ["t.pt", "with spaces and ä ß 漢.ckpt", "a.b.c", "step=7-loss=0.1.ckpt"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_files_of_torch_are_read_without_complaint(name: str, deep: bool, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / name)
+    facts = facts_of(tmp_path / name, deep)
+    assert (facts.defects, facts.oddities) == ((), ())
+    (file,) = facts.files
+    assert (file.size, file.without_checksum) == ((tmp_path / name).stat().st_size, 0)
+    assert (file.not_read == 0) is deep
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "t.pt", pickle_protocol=protocol)
+    facts = facts_of(tmp_path / "t.pt", deep=True)
+    assert (facts.defects, facts.oddities) == ((), ())
+
+
+def test_files_saved_to_a_stream_are_read(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(STATE, stream)
+    (tmp_path / "t.pt").write_bytes(stream.getvalue())
+    assert facts_of(tmp_path / "t.pt").defects == ()
+
+
+def test_a_file_without_checksums_says_so(options: object, tmp_path: Path) -> None:
+    options.compute_crc32 = False  # type: ignore[attr-defined]
+    torch.save(STATE, tmp_path / "t.pt")
+    facts = facts_of(tmp_path / "t.pt", deep=True)
+    with LocalSource(tmp_path / "t.pt") as source:
+        size = sum(r.size for r in TorchFile(source).records.values())
+    assert (facts.defects, facts.oddities, facts.files[0].without_checksum) == ((), (), size)
+
+
+def test_storages_that_were_skipped_when_saving_have_no_checksum(tmp_path: Path) -> None:
+    with torch.serialization.skip_data():
+        torch.save(STATE, tmp_path / "t.pt")
+    facts = facts_of(tmp_path / "t.pt", deep=True)
+    storages = 12 * 4 + 10 * 8 + 100 * 4 + 4
+    assert (facts.defects, facts.oddities, facts.files[0].without_checksum) == ((), (), storages)
+
+
+@pytest.mark.parametrize("alignment", [1, 64, 4096])
+def test_storages_may_be_aligned_otherwise(alignment: int, options: object, tmp_path: Path) -> None:
+    options.storage_alignment = alignment  # type: ignore[attr-defined]
+    torch.save(STATE, tmp_path / "t.pt")
+    assert (facts_of(tmp_path / "t.pt").defects, facts_of(tmp_path / "t.pt").oddities) == ((), ())
+
+
+def test_numbers_of_a_machine_with_the_other_byte_order_are_swapped(tmp_path: Path) -> None:
+    state = {"step": torch.tensor(struct.unpack("<f", struct.pack(">f", 12.5))[0])}
+    torch.save(state, tmp_path / "l.pt")
+    rewrite(tmp_path / "l.pt", tmp_path / "t.pt", {"byteorder": b"big"})
+    with LocalSource(tmp_path / "t.pt") as source:
+        file = TorchFile(source)
+        assert file.read_scalar(file.read_pickle().tensors[0]) == 12.5
+    assert torch.load(tmp_path / "t.pt", weights_only=True)["step"].item() == 12.5
+
+
+SCALARS = [
+    torch.tensor(value, dtype=getattr(torch, name))
+    for name, value in {
+        **dict.fromkeys(("float64", "float32", "float16", "bfloat16"), -1.5),
+        **dict.fromkeys(("int64", "int32", "int16", "int8"), -3),
+        **dict.fromkeys(("uint64", "uint32", "uint16", "uint8"), 200),
+        "bool": True,
+    }.items()
+]
+
+
+@pytest.mark.parametrize("scalar", SCALARS, ids=lambda s: str(s.dtype))
+def test_scalars_of_every_dtype_are_read(scalar: torch.Tensor, tmp_path: Path) -> None:
+    others = torch.stack([torch.zeros_like(scalar), scalar])
+    torch.save([scalar, scalar.reshape(1), others[1], others], tmp_path / "t.pt")
+    with LocalSource(tmp_path / "t.pt") as source:
+        file = TorchFile(source)
+        values = [file.read_scalar(t) for t in file.read_pickle().value]
+    assert values == [float(scalar)] * 3 + [None]
+
+
+def test_archives_of_more_than_65535_records_are_read_and_quickly(tmp_path: Path) -> None:
+    torch.save([torch.tensor(0.0) for _ in range(66_000)], tmp_path / "t.pt")
+    began = time.perf_counter()
+    with LocalSource(tmp_path / "t.pt") as source:
+        file = TorchFile(source)
+        assert len(file.records) > 66_000
+        assert (file.defects, file.oddities) == ([], [])
+        assert time.perf_counter() - began < 3
+
+
+def test_records_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
+    """Wide sizes and offsets in directory, headers and descriptors, as torch's own writer makes them."""
+    with torch.serialization.skip_data():
+        torch.save({"a": torch.empty(2**32 + 8, dtype=torch.uint8), "b": torch.ones(3)}, tmp_path / "t.pt")
+    assert (tmp_path / "t.pt").stat().st_size > 2**32
+    facts = facts_of(tmp_path / "t.pt")
+    assert (facts.defects, facts.oddities) == ((), ())
+    with LocalSource(tmp_path / "t.pt") as source:
+        file = TorchFile(source)
+        at = {n: file.payload_offset(n) for n in file.records}
+        assert at["data/1"] > 2**32
+    # torch computes the same place from the header that it finds there.
+    reader = torch._C.PyTorchFileReader(str(tmp_path / "t.pt"))
+    assert {n: reader.get_record_offset(n) for n in at} == at
+
+
+def test_offsets_of_payloads_are_those_of_torch(plain: Path) -> None:
+    reader = torch._C.PyTorchFileReader(str(plain))
+    with LocalSource(plain) as source:
+        file = TorchFile(source)
+        assert {n: file.payload_offset(n) for n in file.records} == {
+            n: reader.get_record_offset(n) for n in file.records
+        }
+
+
+# Archives by other writers
+
+
+def rewrite(source: Path, target: Path, changes: dict[str, bytes | None] | None = None, **how: object) -> Path:
+    """The records of a torch file in an archive that Python's zipfile writes; None leaves a record out."""
+    changes = dict(changes or {})
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        names = old.namelist()
+        prefix = names[0].partition("/")[0]
+        for name in sorted(names) if how.get("sort") else names:
+            data = changes.pop(name.partition("/")[2], old.read(name))
+            if data is not None:
+                new.writestr(name, data, how.get("method", zipfile.ZIP_STORED))  # type: ignore[arg-type]
+        for name, added in changes.items():
+            new.writestr(f"{prefix}/{name}", added or b"")
+    return target
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_a_repacked_file_is_odd_and_no_more(sort: bool, plain: Path, tmp_path: Path) -> None:
+    facts = facts_of(rewrite(plain, tmp_path / "r.pt", sort=sort), deep=True)
+    assert facts.defects == ()
+    assert [o.kind for o in facts.oddities] == [OddityKind.REPACKED]
+    assert "records each has no descriptor" in facts.oddities[0].message
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_a_replaced_record_shows_in_the_fingerprint(sort: bool, plain: Path, tmp_path: Path) -> None:
+    other = struct.pack("<12f", *range(1, 13))
+    facts = facts_of(rewrite(plain, tmp_path / "r.pt", {"data/0": other}, sort=sort))
+    (defect,) = facts.defects
+    assert (defect.kind, defect.where) == (DefectKind.REPLACED, "r.pt:.data/serialization_id")
+    assert torch.load(tmp_path / "r.pt", weights_only=True)["a"][0, 0] == 1  # what torch makes of it
+
+
+def test_a_replaced_record_in_an_otherwise_untouched_file_shows(plain: Path) -> None:
+    with LocalSource(plain) as source:
+        record = TorchFile(source).records["data/0"]
+    data = bytearray(plain.read_bytes())
+    data[record.offset : record.offset + 4] = struct.pack("<f", 99)
+    new = zlib.crc32(data[record.offset : record.offset + record.size])
+    assert data.count(struct.pack("<I", record.crc32)) == 2  # in the descriptor and in the directory
+    plain.write_bytes(data.replace(struct.pack("<I", record.crc32), struct.pack("<I", new)))
+    facts = facts_of(plain, deep=True)
+    assert [d.kind for d in facts.defects] == [DefectKind.REPLACED]
+
+
+def test_a_checksum_that_was_taken_out_is_told(plain: Path) -> None:
+    with LocalSource(plain) as source:
+        record = TorchFile(source).records["data/0"]
+    data = plain.read_bytes().replace(struct.pack("<I", record.crc32), bytes(4))
+    plain.write_bytes(data)
+    facts = facts_of(plain, deep=True)
+    assert [d.kind for d in facts.defects] == [DefectKind.REPLACED]
+    assert facts.files[0].without_checksum == record.size
+    assert "1 of its records has no checksum" in facts.oddities[0].message
+
+
+def test_a_pickle_without_its_checksum_is_damaged(plain: Path) -> None:
+    with LocalSource(plain) as source:
+        record = TorchFile(source).records["data.pkl"]
+    plain.write_bytes(plain.read_bytes().replace(struct.pack("<I", record.crc32), bytes(4)))
+    assert "damaged t.pt:data.pkl its bytes have CRC-32" in messages(facts_of(plain))
+
+
+# Bytes that torch and another reader could see differently
+
+
+def edit(path: Path, old: bytes, new: bytes, which: int = 0) -> None:
+    """Replaces the `which`-th occurrence; the length stays."""
+    data, at = bytearray(path.read_bytes()), -1
+    assert len(old) == len(new)
+    for _ in range(which + 1):
+        at = data.index(old, at + 1)
+    data[at : at + len(old)] = new
+    path.write_bytes(data)
+
+
+def directory_entry(path: Path, name: str) -> int:
+    """Where the directory's entry of a record begins."""
+    data, at = path.read_bytes(), -1
+    while True:
+        at = data.index(b"PK\x01\x02", at + 1)
+        length = struct.unpack_from("<H", data, at + 28)[0]
+        if data[at + 46 : at + 46 + length].decode().partition("/")[2] == name:
+            return at
+
+
+def poke(path: Path, offset: int, form: str, value: int) -> None:
+    data = bytearray(path.read_bytes())
+    struct.pack_into(form, data, offset, value)
+    path.write_bytes(data)
+
+
+def local_header(path: Path, name: str) -> int:
+    return int(struct.unpack_from("<I", path.read_bytes(), directory_entry(path, name) + 42)[0])
+
+
+HEADERS: dict[str, Callable[[Path], object]] = {
+    "other name in the header": lambda p: poke(p, local_header(p, "data/1") + 30 + 7, "<B", ord("3")),
+    "other method in the header": lambda p: poke(p, local_header(p, "data/1") + 8, "<H", 8),
+    "other flags in the header": lambda p: poke(p, local_header(p, "data/1") + 6, "<H", 0x0809),
+    "encrypted in the directory": lambda p: poke(p, directory_entry(p, "data/1") + 8, "<H", 0x0809),
+    "compressed in the directory": lambda p: poke(p, directory_entry(p, "data/1") + 10, "<H", 8),
+    "other size in the directory": lambda p: poke(p, directory_entry(p, "data/1") + 24, "<I", 79),
+    "both sizes smaller": lambda p: [poke(p, directory_entry(p, "data/1") + o, "<I", 72) for o in (20, 24)],
+    "both sizes huge": lambda p: [poke(p, directory_entry(p, "data/1") + o, "<I", 2**31) for o in (20, 24)],
+    "zip64 sizes that are not there": lambda p: poke(p, directory_entry(p, "data/1") + 24, "<I", 2**32 - 1),
+    "other CRC in the directory": lambda p: poke(p, directory_entry(p, "data/1") + 16, "<I", 1),
+    "size in the header": lambda p: poke(p, local_header(p, "data/1") + 22, "<I", 4),
+    "CRC in the header": lambda p: poke(p, local_header(p, "data/1") + 14, "<I", 4),
+    "longer extra field": lambda p: poke(p, local_header(p, "data/1") + 28, "<H", 60_000),
+    "header moved by one": lambda p: poke(p, directory_entry(p, "data/1") + 42, "<I", local_header(p, "data/1") + 1),
+    "header of another": lambda p: poke(p, directory_entry(p, "data/1") + 42, "<I", local_header(p, "data/0")),
+    "said to be a folder": lambda p: poke(p, directory_entry(p, "data/1") + 38, "<I", 0x10),
+    "on another disk": lambda p: poke(p, directory_entry(p, "data/1") + 34, "<H", 1),
+    "descriptor": lambda p: edit(p, b"PK\x07\x08", b"PK\x07\x09", 3),
+    "first signature": lambda p: poke(p, local_header(p, "data/1"), "<B", 0),
+    "names in capitals": lambda p: [edit(p, b"data/3", b"DATA/0", 0), edit(p, b"data/3", b"DATA/0", 0)],
+    "names that leave the folder": lambda p: [edit(p, b"data/3", b"../../", 0), edit(p, b"data/3", b"../../", 0)],
+    "one entry fewer": lambda p: poke(p, p.stat().st_size - 22 + 8, "<H", 3),
+    "zip64 locator": lambda p: poke(p, p.stat().st_size - 42 + 8, "<Q", 0),
+    "parts": lambda p: poke(p, p.stat().st_size - 22 + 4, "<H", 1),
+    "comment": lambda p: [poke(p, p.stat().st_size - 2, "<H", 3), p.write_bytes(p.read_bytes() + b"abc")],
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_headers_that_disagree_are_defects(what: str, plain: Path) -> None:
+    HEADERS[what](plain)
+    facts = facts_of(plain)
+    assert facts.defects, what
+    assert verify_checkpoint(plain).verdict is Verdict.FAIL
+
+
+def added(path: Path, name: str, data: bytes = b"x") -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, data)
+
+
+CONTENTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "bytes behind": (lambda p, o: o.write_bytes(p.read_bytes() + b"abc"), "3 bytes follow the end of the archive"),
+    "bytes before": (lambda p, o: o.write_bytes(b"PK\x03\x04" + p.read_bytes()), "damaged"),
+    "half": (lambda p, o: o.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "it was cut off"),
+    "deflated": (lambda p, o: rewrite(p, o, method=zipfile.ZIP_DEFLATED), "compressed (method 8)"),
+    "no version": (lambda p, o: rewrite(p, o, {"version": None}), "version it is missing"),
+    "version 99": (lambda p, o: rewrite(p, o, {"version": b"99\n"}), "torch reads versions 1 to 10"),
+    "version 0": (lambda p, o: rewrite(p, o, {"version": b"0\n"}), "torch reads versions 1 to 10"),
+    "version text": (lambda p, o: rewrite(p, o, {"version": b"3.0"}), "torch reads versions 1 to 10"),
+    "version long": (lambda p, o: rewrite(p, o, {"version": b"3" * 5_000}), "5,000 bytes; torch writes a few"),
+    "byteorder": (lambda p, o: rewrite(p, o, {"byteorder": b"middle"}), "b'middle'; torch reads"),
+    "alignment": (lambda p, o: rewrite(p, o, {".storage_alignment": b"0"}), "where a number of bytes is needed"),
+    "no fingerprint": (lambda p, o: rewrite(p, o, {".data/serialization_id": b"1" * 39}), "40 digits are needed"),
+    "no storage": (lambda p, o: rewrite(p, o, {"data/1": None}), "data/1 it is missing"),
+    "short storage": (lambda p, o: rewrite(p, o, {"data/1": bytes(79)}), "79 bytes and its tensor needs 80"),
+    "long storage": (lambda p, o: rewrite(p, o, {"data/1": bytes(88)}), "88 bytes and its tensor needs 80"),
+    "no pickle": (lambda p, o: rewrite(p, o, {"data.pkl": None}), "without data.pkl"),
+    "TorchScript": (lambda p, o: rewrite(p, o, {"constants.pkl": b"\x80\x02)."}), "contains code"),
+    "twice": (lambda p, o: rewrite(p, o, {"DATA.pkl": b"\x80\x02N."}), "in the archive more than once"),
+    "other folder": (lambda p, o: added(rewrite(p, o), "else/x"), "does not lie in the archive's one folder"),
+    "top level": (lambda p, o: added(rewrite(p, o), "x"), "does not lie in the archive's one folder"),
+    "parent": (lambda p, o: added(rewrite(p, o), "t/../../x"), "does not lie in the archive's one folder"),
+    "backslash": (lambda p, o: added(rewrite(p, o), "t/..\\x"), "does not lie in the archive's one folder"),
+    "empty archive": (lambda p, o: zipfile.ZipFile(o, "w").close(), "unrecognised"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("what", CONTENTS)
+def test_archives_that_are_not_torchs_are_defects(what: str, plain: Path, tmp_path: Path) -> None:
+    make, message = CONTENTS[what]
+    make(plain, tmp_path / "o.pt")
+    assert message in messages(facts_of(tmp_path / "o.pt"))
+    assert verify_checkpoint(tmp_path / "o.pt").verdict is Verdict.FAIL
+
+
+def test_a_truncated_file_is_found_whatever_its_length(plain: Path, tmp_path: Path) -> None:
+    data = plain.read_bytes()
+    for size in {*range(0, len(data), 7), *range(len(data) - 200, len(data))}:
+        (tmp_path / "o.pt").write_bytes(data[:size])
+        assert facts_of(tmp_path / "o.pt").defects, size
+
+
+def test_records_that_the_pickle_does_not_name_are_odd(plain: Path, tmp_path: Path) -> None:
+    hidden = {"extra.bin": b"123", "data/99": bytes(4), "other.pkl": pickle.dumps(print)}
+    facts = facts_of(rewrite(plain, tmp_path / "o.pt", dict(hidden)))
+    found = {o.where: o.message for o in facts.oddities if o.kind is OddityKind.UNREFERENCED_RECORD}
+    assert found.keys() == {f"o.pt:{name}" for name in hidden}
+    assert "begins like a pickle" in found["o.pt:other.pkl"]
+
+
+def test_a_damaged_pickle_is_a_defect_and_its_names_are_told_all_the_same(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("true",)
+
+    whole, changed, cut = tmp_path / "whole.pt", tmp_path / "changed.pt", tmp_path / "cut.pt"
+    torch.save([Runs(), "text that will change"], whole)
+    rewrite(whole, cut, {"data.pkl": b"\x80\x02cposix\nsystem\nX\xff\xff\x00\x00"})
+    changed.write_bytes(whole.read_bytes())
+    edit(changed, b"text that will change", b"text that was changed")
+    assert "data.pkl its bytes have CRC-32" in messages(facts_of(changed))
+    assert "data.pkl it cannot be read" in messages(facts_of(cut))
+    for path in (whole, changed, cut):
+        assert [str(g) for g in facts_of(path).globals] == ["posix.system"]
+
+
+# Tensors and their storages
+
+
+def described(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, **other: object) -> TensorDescriptor:
+    storage = StorageDescriptor("0", "float32", 12, "cpu")
+    return TensorDescriptor(other.get("storage", storage), "float32", shape, stride, offset)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (described((3, 4), (4, 1)), ""),
+        (described((12,), (1,)), ""),
+        (described((0, 99), (99, 1)), ""),
+        (described((), ()), ""),
+        (described((5, 3), (0, 4)), ""),
+        (described((13,), (1,)), "needs 52 bytes of its storage, which has 48"),
+        (described((12,), (1,), 1), "needs 52 bytes"),
+        (described((3, 4), (5, 1)), "needs 56 bytes"),
+        (described((3,), (-1,), 5), "negative dimension or stride"),
+        (described((-3,), (1,)), "negative dimension or stride"),
+        (described((3,), (1,), -1), "damaged"),
+        (described((3,), ()), "1 dimensions and 0 strides"),
+        (described((1,) * 65, (1,) * 65), "65 dimensions"),
+        (described((2**62,) * 64, (1,) * 64), "needs"),
+        (
+            described((3,), (1,), storage=StorageDescriptor("0", "float32", 2**50, "cpu")),
+            "48 bytes and its tensor needs",
+        ),
+        (described((3,), (1,), storage=StorageDescriptor("0", "float32", -1, "cpu")), "48 bytes and its tensor needs"),
+        (described((3,), (1,), storage=StorageDescriptor("77", "float32", 12, "cpu")), "missing"),
+        (described((3,), (1,), storage=StorageDescriptor("../version", "uint8", 2, "cpu")), "missing"),
+    ],
+)
+def test_tensors_lie_within_their_storages(tensor: TensorDescriptor, message: str, plain: Path) -> None:
+    with LocalSource(plain) as source:
+        file = TorchFile(source)
+        if not message:
+            file.check_storage(tensor)
+            assert file.oddities == []
+        else:
+            with pytest.raises(ContainerDefectError) as caught:
+                file.check_storage(tensor)
+            assert message in f"{caught.value.kind} {caught.value}"
+
+
+@pytest.mark.parametrize("sizes", [(2**40, 10), (3, 4, 65), (2**62,) * 64])
+def test_a_tensor_that_stands_for_far_more_than_it_holds_is_odd(sizes: tuple[int, ...], plain: Path) -> None:
+    with LocalSource(plain) as source:
+        file = TorchFile(source)
+        file.check_storage(described(sizes, (0,) * len(sizes)))
+    assert [o.kind for o in file.oddities] == [OddityKind.LOGICAL_SIZE]
+
+
+def test_defects_without_end_are_counted(tmp_path: Path) -> None:
+    torch.save([torch.ones(1) for _ in range(3_000)], tmp_path / "t.pt")
+    rewrite(tmp_path / "t.pt", tmp_path / "o.pt", {f"data/{i}": None for i in range(3_000)})
+    facts = facts_of(tmp_path / "o.pt")
+    assert len(facts.defects) == MAX_DEFECTS + 1
+    assert "2,9" in facts.defects[-1].message
+
+
+def test_storages_of_scalars_are_read_within_a_bound(tmp_path: Path) -> None:
+    storages = [torch.zeros(2**14)[0] for _ in range(MAX_SCALAR_BYTES // 2**16 + 2)]
+    torch.save(storages, tmp_path / "t.pt")
+    with LocalSource(tmp_path / "t.pt") as source:
+        file = TorchFile(source)
+        tensors = file.read_pickle().value
+        assert [file.read_scalar(tensors[0]) for _ in range(1_000)] == [0.0] * 1_000
+        for tensor in tensors[:-2]:
+            file.read_scalar(tensor)
+        with pytest.raises(ContainerDefectError, match="the storages of scalars take more than"):
+            file.read_scalar(tensors[-1])
+
+
+def test_a_damaged_scalar_is_found_without_deep(tmp_path: Path) -> None:
+    state = {"state": {0: {"step": torch.tensor(1234.5)}}, "param_groups": [{"params": [0]}]}
+    torch.save({"optimizer_states": [state], "pytorch-lightning_version": "2.6"}, tmp_path / "t.ckpt")
+    edit(tmp_path / "t.ckpt", struct.pack("<f", 1234.5), struct.pack("<f", 1235.5))
+    assert "damaged t.ckpt:data/0 its bytes have CRC-32" in messages(verify_checkpoint(tmp_path / "t.ckpt").facts)
+
+
+def test_the_same_damage_is_one_defect(tmp_path: Path, plain: Path) -> None:
+    with LocalSource(plain) as source:
+        offset = TorchFile(source).payload_offset("data.pkl") + 20
+    poke(plain, offset, "<B", 0)
+    report = verify_checkpoint(plain, Options(deep=True))
+    assert len([d for d in report.facts.defects if d.where.endswith("data.pkl") and "CRC" in d.message]) <= 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_a_defect(plain: Path) -> None:
+    with read_archive(locate(plain), "t.pt") as archive:
+        plain.write_bytes(plain.read_bytes() + b"x")
+        facts = archive.complete(Facts("t.pt"))
+    assert "it changed while it was read" in messages(facts)
+
+
+def test_an_archive_of_hostile_size_is_refused_quickly(tmp_path: Path) -> None:
+    """The largest directory that is read at all, and one that is too large."""
+    for count in (MAX_RECORDS, MAX_RECORDS + 1):
+        entries, headers = [], []
+        for i in range(count):
+            name = b"a/%d" % i
+            entries.append(
+                struct.pack(
+                    "<4s6H3I5H2I", b"PK\1\2", 0, 0, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, len(b"".join(()))
+                )
+                + name
+            )
+            headers.append(struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0, 0, 0, 0, 0, 0, 0, len(name), 0) + name)
+        offset, fixed = 0, []
+        for entry, header in zip(entries, headers, strict=True):
+            fixed.append(entry[:42] + struct.pack("<I", offset) + entry[46:])
+            offset += len(header)
+        body, directory = b"".join(headers), b"".join(fixed)
+        end64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0, 0, 0, 0, count, count, len(directory), offset)
+        locator = struct.pack("<4sIQI", b"PK\6\7", 0, offset + len(directory), 1)
+        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), offset, 0)
+        (tmp_path / "o.pt").write_bytes(body + directory + end64 + locator + end)
+        began = time.perf_counter()
+        assert facts_of(tmp_path / "o.pt").defects
+        assert time.perf_counter() - began < 3
