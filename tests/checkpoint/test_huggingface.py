@@ -34,6 +34,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"num_train_epochs": 3, "gradient_accumulation_steps": 2},
     "half an epoch": {"num_train_epochs": 2.5, "gradient_accumulation_steps": 2},
     "by steps": {"max_steps": 9, "gradient_accumulation_steps": 3},
+    "watched": {
+        "max_steps": 8,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "metric_for_best_model": "loss",
+        "load_best_model_at_end": True,
+    },
     "model only": {"max_steps": 4, "save_only_model": True},
 }
 
@@ -52,7 +60,7 @@ def tiny_trainer(folder: Path, options: dict[str, Any]) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=BATCH, save_steps=2, **{**quiet, **options}
     )
-    return Trainer(model=tiny_model(), args=arguments, train_dataset=rows)
+    return Trainer(model=tiny_model(), args=arguments, train_dataset=rows, eval_dataset=rows[:4])
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +178,15 @@ def test_progress_is_what_the_trainer_itself_reckons_on_a_resume(runs: Callable[
 )
 def test_counters_that_cannot_be_give_no_length_of_an_epoch(state: dict[str, Any], per_epoch: int | None) -> None:
     assert update_steps(state, {}).per_epoch == per_epoch
+
+
+def test_a_schedule_that_waits_for_evaluations_is_no_schedule_of_steps(runs: Callable[[str], Path]) -> None:
+    folder = runs("watched") / "checkpoint-8"
+    facts = read(folder)
+    assert facts.run.scheduler_intervals == ()
+    best = json.loads((folder / "trainer_state.json").read_text())["best_metric"]
+    assert facts.metrics == {"best loss": best}
+    assert verify_checkpoint(folder).verdict is Verdict.PASS, verify_checkpoint(folder).findings
 
 
 def test_a_trainer_that_was_told_to_save_the_model_only_leaves_nothing_to_resume(runs: Callable[[str], Path]) -> None:

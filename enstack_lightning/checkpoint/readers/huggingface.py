@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import (
@@ -19,6 +19,7 @@ from enstack_lightning.checkpoint.facts import (
     Facts,
     FileFacts,
     Format,
+    RunFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import Call
 from enstack_lightning.checkpoint.location import Location
@@ -34,7 +35,7 @@ from enstack_lightning.checkpoint.readers.states import (
     scheduler_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import Loader, read_archive
 from enstack_lightning.checkpoint.readers.trainer_state import (
     best_metric,
     misshapen_counters,
@@ -63,7 +64,9 @@ _FSDP_RANK = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?_rank\d+\.bin")
 _DEEPSPEED = re.compile(r"global_step\d+")
 _LEFTOVERS = (".tmp", ".part", ".incomplete")
 
-Loader = Literal["weights_only", "transformers", "pickle", "never"]
+_BY_METRIC = frozenset(("num_bad_epochs", "patience"))
+"""What `ReduceLROnPlateau` and transformers' `GreedyLR` keep."""
+
 _ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -184,12 +187,19 @@ def _add_training(facts: Facts, folder: Location, names: Collection[str], deep: 
         defects=(*facts.defects, *wrong, *_not_read(names)),
         fields=field_types(state),
         progress=trainer_progress(state, steps),
-        run=trainer_run(state, arguments, steps),
+        run=_run(trainer_run(state, arguments, steps), scheduler),
         metrics=best_metric(state, arguments),
         hyper_parameters=plain(arguments),
         model_only=_is_without_state(names),
         loader_position=bool(state) and arguments.get("ignore_data_skip") is not True,
     )
+
+
+def _run(run: RunFacts, scheduler: object) -> RunFacts:
+    """The run; its schedule steps with the optimizer, but for those that the Trainer steps after an evaluation."""
+    if isinstance(scheduler, Mapping) and _BY_METRIC.isdisjoint(scheduler):
+        return dataclasses.replace(run, scheduler_intervals=("step",), scheduler_frequencies=(1,))
+    return run
 
 
 def _is_without_state(names: Collection[str]) -> bool:

@@ -138,8 +138,6 @@ def trainer_run(state: Mapping[str, Any], arguments: Mapping[str, Any], steps: U
         max_steps=max_steps if max_steps and max_steps > 0 else None,
         world_size=whole(arguments.get("num_processes")),
         precision=precision if isinstance(precision, str) and precision != "no" else None,
-        scheduler_intervals=("step",),
-        scheduler_frequencies=(1,),
     )
 
 
