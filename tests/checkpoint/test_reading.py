@@ -175,4 +175,8 @@ def test_reports_are_plain_data(trained: Path) -> None:
         "batches_per_epoch": 5,
         "optimizer_steps": 7,
         "learning_rate": pytest.approx(1e-2 * (1 - 7 / 101)),
+        "max_epochs": 3,
+        "batches_repeated": 0,
+        "sentence": "2 of 5 batches into epoch 1 (1 of 3 epochs done); continues with epoch 1, batch 2 of 5; "
+        "0 batches trained twice; next LR 9.31e-03",
     }

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from enstack_lightning import __version__
-from enstack_lightning.checkpoint import RULES
 from enstack_lightning.cli.main import COMMANDS, main
 
 
@@ -41,16 +40,3 @@ def test_help_and_wrong_calls_import_no_torch() -> None:
         "main(['--help']); main(['x']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
-
-
-def test_rules_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rules"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(RULES)
-    assert all(len(line.split(maxsplit=2)[2]) > 20 for line in lines)
-    assert main(["rules", "ck401"]) == 0
-    explained = capsys.readouterr().out
-    assert explained.startswith("CK401  optimizer-step-mismatch\n\nThe steps that the optimizer itself counted")
-    assert "GradScaler" in explained
-    assert main(["rules", "CK999"]) == 2
-    assert "there is no rule CK999" in capsys.readouterr().err
