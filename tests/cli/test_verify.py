@@ -408,6 +408,12 @@ def test_a_reader_that_closes_early_gets_no_traceback(trained: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_closed_standard_output_breaks_nothing(good: Path) -> None:
+    command = f"exec {sys.executable} -m enstack_lightning verify {good} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Terminals
 
 
