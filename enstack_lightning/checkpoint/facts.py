@@ -79,8 +79,8 @@ class FileFacts:
 
     Attributes:
         size: bytes.
-        without_checksum: bytes of tensor data that no checksum in the checkpoint covers (safetensors, legacy torch
-            files, `compute_crc32 = False`): damage there cannot be seen from the file alone.
+        without_checksum: bytes that no checksum in the checkpoint covers (safetensors, JSON, legacy torch files,
+            records saved with `compute_crc32 = False`): damage there need not show in the file itself.
         not_read: bytes of tensor data that have a checksum and were not compared with it (without `--deep`).
     """
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from enstack_lightning.checkpoint.deep import DeepRead, Progress
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
 from enstack_lightning.checkpoint.location import locate
+from enstack_lightning.checkpoint.manifest import compare_manifest
 from enstack_lightning.checkpoint.readers import read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.resume import plan_resume
@@ -50,10 +51,6 @@ def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None) -> Facts:
     except CheckpointError as e:
         return Facts(str(path), defects=(Defect(DefectKind.UNREADABLE, str(path), str(e)),))
     facts = read_facts(location, deep)
-    try:
-        from enstack_lightning.checkpoint.manifest import compare_manifest
-    except ImportError:
-        return facts
     manifest = compare_manifest(location, deep is not None, deep.progress if deep else None)
     return facts if manifest is None else dataclasses.replace(facts, manifest=manifest)
 

@@ -48,7 +48,7 @@ def read_plain_torch(archive: TorchArchive, path: str) -> Facts:
     """Facts of a torch file that is open in `archive` and holds no Lightning checkpoint."""
     value = archive.value
     if value is None and archive.defects:
-        return Facts(path, Format.TORCH)
+        return Facts(path)
     facts = plain_facts(value, path, archive.read_scalar)
     optimizers = _optimizers_in(value)
     archive.scan(weights_in(value), named_moments([state for _, state in optimizers]))
@@ -200,7 +200,7 @@ def read_safetensors_file(location: Location, deep: DeepRead | None = None) -> F
         return dataclasses.replace(facts, defects=tuple(defects))
     return dataclasses.replace(
         facts,
-        files=(FileFacts(name, size, without_checksum=sum(t.size for t in header.tensors)),),
+        files=(FileFacts(name, size, without_checksum=size),),
         defects=tuple(defects),
         tensors=tuple(TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors),
         values=None if deep is None else values,
