@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ SMALL_MISMATCH = 100
 """A mismatch of up to this many steps is small: skipped steps and other harmless causes are of this size."""
 
 MAX_ACCUMULATION = 128
+MAX_LISTED = 10
 
 _OTHER_CHECKPOINT = "Use another checkpoint of this run."
 
@@ -401,16 +402,19 @@ def param_group_values(facts: Facts, options: Options) -> Iterator[Outcome]:
     more is accepted and lets training diverge, an eps of 0 divides by zero for a weight without a gradient: warnings.
     """
     for number, optimizer in enumerate(facts.optimizers or ()):
-        sane = True
-        for index, group in enumerate(optimizer.groups):
-            for judged, what in _odd_values(group):
-                sane = False
-                yield judged(f"optimizer {number}, group {index}: {what}", "optimizer", _OTHER_CHECKPOINT)
-        if sane and optimizer.groups:
+        odd = [
+            judged(f"optimizer {number}, group {index}: {what}", "optimizer", _OTHER_CHECKPOINT)
+            for index, group in enumerate(optimizer.groups)
+            for judged, what in _odd_values(group)
+        ]
+        yield from odd[:MAX_LISTED]
+        if len(odd) > MAX_LISTED:
+            yield error(f"optimizer {number}: {len(odd) - MAX_LISTED:,} further values that make no sense", "optimizer")
+        if not odd and optimizer.groups:
             yield passed(f"optimizer {number}: the values of its {len(optimizer.groups):,} param groups are sane")
 
 
-def _odd_values(group: ParamGroupFacts) -> Iterator[tuple[Any, str]]:
+def _odd_values(group: ParamGroupFacts) -> Iterator[tuple[Callable[..., Outcome], str]]:
     values: dict[str, Any] = {"lr": group.lr, "initial_lr": group.initial_lr, **group.options}
     for name in ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps", "momentum", "lr_decay", "alpha", "rho"):
         for value in _numbers_in(values.get(name)):

@@ -1,0 +1,350 @@
+"""What the optimizer's own numbers say: mismatches are diagnosed from them, odd and healthy runs pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from builders import TinyModule, edited, enstack_folder, every_step, quiet_trainer
+from genuine import Gan, huggingface_trainer
+from torch import nn
+
+from enstack_lightning.checkpoint import Facts, Format, Options, Report, Verdict, judge, verify_checkpoint
+from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def said(report: Report, code: str, severity: str = "") -> str:
+    return " | ".join(
+        f"{f.message} -> {f.hint}" for f in report.findings if f.code == code and f.severity.startswith(severity)
+    )
+
+
+# Steps
+
+
+def original(epoch: int, steps: int, batches: int = 1270, **fields: str) -> Facts:
+    """An EnStack checkpoint at the end of an epoch, as the original's examples have it."""
+    group = ParamGroupFacts((0, 1), lr=1.23e-5, initial_lr=2e-5, max_lr=None, keeps_moments=True)
+    return Facts(
+        "checkpoint",
+        Format.ENSTACK,
+        fields={"epoch": "int", **fields},
+        progress=ProgressFacts(
+            epoch=epoch,
+            step=0,
+            epochs_completed=epoch,
+            epochs_begun=epoch,
+            batches_in_epoch=0,
+            batches_per_epoch=batches,
+        ),
+        optimizers=(OptimizerFacts((group,), {0: steps, 1: steps}, 2),),
+    )
+
+
+def findings(facts: Facts, code: str, options: Options | None = None) -> list[tuple[str, str, str]]:
+    return [(f.severity.value, f.message, f.hint) for f in judge(facts, options) if f.code == code]
+
+
+def test_the_originals_normal_case() -> None:
+    assert findings(original(2, 2532), "CK401") == [
+        (
+            "pass",
+            "optimizer steps 2,532, expected 2,540 (2 epochs x 1,270 batches): difference 8, tolerance 127",
+            "",
+        )
+    ]
+
+
+def test_the_originals_warning_case() -> None:
+    ((severity, message, hint),) = findings(original(2, 5000), "CK401")
+    assert severity == "warning"
+    assert message == (
+        "optimizer steps 5,000, expected 2,540 (2 epochs x 1,270 batches): 2,460 more than expected, tolerance 127"
+    )
+    assert "further than the counters say" in hint
+    assert "Large mismatch (2,460 steps): the checkpoint may be inconsistent, consider an earlier one." in hint
+
+
+DIAGNOSES: dict[str, tuple[Facts, str, str]] = {
+    "accumulation": (original(2, 1270), "Gradient accumulation over 2 batches", "Large mismatch (1,270 steps)"),
+    "accumulation, odd batches": (original(10, 40, 11), "accumulation over 3 batches", "Small mismatch (70 steps)"),
+    "made anew": (original(9, 2540), "the steps of the last 2 epochs and no more", "Large mismatch (8,890 steps)"),
+    "fresh": (original(9, 3), "looks fresh under an old counter", "Large mismatch"),
+    "nothing": (original(1, 0), "looks fresh under an old counter", "Large mismatch"),
+    "a few skipped": (original(1, 1100), "batches without a loss", "Large mismatch (170 steps)"),
+    "a few skipped on overflow": (
+        original(1, 1100, scaler_state_dict="dict"),
+        "Steps that the gradient scaler skipped",
+        "Large mismatch (170 steps)",
+    ),
+    "a small one": (original(3, 99, 51), "batches without a loss", "Small mismatch (54 steps)"),
+}
+
+
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_a_mismatch_is_diagnosed_from_the_numbers(name: str) -> None:
+    facts, *words = DIAGNOSES[name]
+    ((severity, _, hint),) = findings(facts, "CK401")
+    assert severity == "warning"
+    for word in words:
+        assert word in hint, hint
+
+
+@pytest.mark.parametrize(
+    ("off", "severity"), [(0, "pass"), (20, "pass"), (21, "warning"), (-20, "pass"), (-21, "warning")]
+)
+def test_the_tolerance_is_20_steps_or_a_tenth_of_an_epoch(off: int, severity: str) -> None:
+    assert findings(original(5, 500 + off, 100), "CK401")[0][0] == severity
+    assert findings(original(5, 5000 + 5 * off, 1000), "CK401")[0][0] == ("pass" if abs(off) <= 20 else "warning")
+    assert findings(original(5, 500 + off, 100), "CK401", Options(tolerance=10**6))[0][0] == "pass"
+
+
+def lightning(steps: list[int], counted: int, **fields: str) -> Facts:
+    group = ParamGroupFacts((0,), lr=1e-3, initial_lr=None, max_lr=None, keeps_moments=True)
+    return Facts(
+        "checkpoint",
+        Format.LIGHTNING,
+        fields={"epoch": "int", **fields},
+        progress=ProgressFacts(
+            epoch=2,
+            global_step=counted,
+            optimizer_steps=counted,
+            epochs_completed=2,
+            epochs_begun=2,
+            batches_in_epoch=0,
+        ),
+        optimizers=tuple(OptimizerFacts((group,), {0: s} if s >= 0 else {}, int(s >= 0)) for s in steps),
+        run=RunFacts(batches_per_epoch=counted // 2),
+    )
+
+
+def test_a_gradient_scaler_explains_few_steps_fewer_and_not_many() -> None:
+    assert findings(lightning([995], 1000, MixedPrecision="dict"), "CK401")[0][0] == "info"
+    assert findings(lightning([600], 1000, MixedPrecision="dict"), "CK401")[0][0] == "warning"
+    assert findings(lightning([1001], 1000, MixedPrecision="dict"), "CK401")[0][0] == "error"
+    assert findings(lightning([995], 1000), "CK401")[0][0] == "warning"
+
+
+def test_several_optimizers_are_counted_together() -> None:
+    assert findings(lightning([500, 500], 1000), "CK401")[0][0] == "pass"
+    ((severity, _, hint),) = findings(dataclasses.replace(lightning([300], 900), run=RunFacts()), "CK401")
+    assert severity == "warning"
+    assert "3 x 300 steps: with 3 optimizers the counter is right and 2 of them are missing here" in hint
+    assert findings(lightning([500, -1], 1000), "CK401") == []  # the second keeps no count
+    assert findings(lightning([1500, -1], 1000), "CK401")[0][0] == "error"
+
+
+def test_an_optimizer_missing_from_a_real_gan_is_told(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=2)
+    trainer.fit(Gan())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert verify_checkpoint(tmp_path / "c.ckpt").verdict is Verdict.PASS
+    report = verify_checkpoint(edited(tmp_path / "c.ckpt", tmp_path / "e.ckpt", lambda c: c["optimizer_states"].pop()))
+    assert "with 2 optimizers the counter is right and 1 of them are missing here" in said(report, "CK401", "warning")
+
+
+def test_the_steps_of_transformers_are_held_against_global_step(tmp_path: Path) -> None:
+    path = huggingface_trainer(tmp_path, 7, gradient_accumulation_steps=1)
+    assert "optimizer steps 7, expected 7 (global_step)" in said(verify_checkpoint(path), "CK401", "pass")
+
+    def ahead(state: dict[str, Any]) -> None:
+        for entry in state["state"].values():
+            entry["step"] += 7
+
+    edited(path / "optimizer.pt", path / "optimizer.pt", ahead)
+    assert "7 more than expected" in said(verify_checkpoint(path), "CK401", "error")
+
+
+# State
+
+
+def test_an_empty_state_under_an_old_counter(trained: Path, tmp_path: Path) -> None:
+    def empty(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["state"] = {}
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", empty)
+    assert "no state for any of its 2 parameters after 7 steps" in said(verify_checkpoint(path), "CK402", "error")
+
+    def sgd(checkpoint: dict[str, Any]) -> None:
+        empty(checkpoint)
+        checkpoint["optimizer_states"][0] = torch.optim.SGD(nn.Linear(4, 2).parameters(), lr=1e-2).state_dict()
+
+    report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "sgd.ckpt", sgd))
+    assert said(report, "CK402", "error") == ""
+
+
+def on_state(edit: Callable[[dict[Any, Any]], object]) -> Edit:
+    return lambda checkpoint: edit(checkpoint["optimizer_states"][0]["state"])
+
+
+def on_group(**values: Any) -> Edit:
+    return lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"][0].update(values)
+
+
+def grow(state: dict[Any, Any]) -> None:
+    state[0]["exp_avg"] = state[0]["exp_avg_sq"] = torch.zeros(7, 9)
+
+
+def narrow(checkpoint: dict[str, Any]) -> None:
+    for index, shape in enumerate(((2, 3), (2,))):
+        entry = checkpoint["optimizer_states"][0]["state"][index]
+        entry["exp_avg"], entry["exp_avg_sq"] = torch.zeros(shape), torch.zeros(shape)
+
+
+def more_parameters(checkpoint: dict[str, Any]) -> None:
+    optimizer = checkpoint["optimizer_states"][0]
+    optimizer["param_groups"][0]["params"] = [0, 1, 2]
+    optimizer["state"][2] = dict(optimizer["state"][1])
+
+
+def one_behind(checkpoint: dict[str, Any]) -> None:
+    checkpoint["optimizer_states"][0]["state"][1]["step"] = torch.tensor(2.0)
+
+
+FAULTS: dict[str, tuple[Edit, str, str, str]] = {
+    "moment of another model": (
+        on_state(grow),
+        "CK405",
+        "error",
+        "exp_avg of parameter 0 has shape [7, 9], and no weight has that shape (2 of 4 moments do not fit)",
+    ),
+    "other width": (narrow, "CK405", "error", "has shape [2, 3], and no weight has that shape"),
+    "more parameters than weights": (
+        more_parameters,
+        "CK406",
+        "error",
+        "has 3 parameters, and the checkpoint has 2 weights",
+    ),
+    "a parameter twice": (on_group(params=[0, 1, 1]), "CK404", "error", "1 parameters in more than one of its groups"),
+    "negative rate": (on_group(lr=-1e-3), "CK407", "error", "group 0: lr is -0.001"),
+    "beta of 1": (on_group(betas=(0.9, 1.0)), "CK407", "error", "one of betas is 1 and must lie in [0, 1)"),
+    "negative decay": (on_group(weight_decay=-1), "CK407", "error", "weight_decay is -1"),
+    "eps of 0": (on_group(eps=0.0), "CK407", "warning", "eps is 0"),
+    "momentum of 1": (on_group(momentum=1.0), "CK407", "warning", "momentum is 1 and should be below 1"),
+    "half of a state": (
+        on_state(lambda s: s[1].pop("exp_avg_sq")),
+        "CK408",
+        "error",
+        "1 parameters have one of exp_avg and exp_avg_sq without the other: parameter 1",
+    ),
+    "no state of one": (
+        on_state(lambda s: s.pop(1)),
+        "CK408",
+        "info",
+        "1 of 2 parameters have no state: parameter 1",
+    ),
+    "one behind": (one_behind, "CK403", "warning", "Expected if layers were unfrozen 5 steps after the start"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told(fault: str, trained: Path, tmp_path: Path) -> None:
+    edit, code, severity, words = FAULTS[fault]
+    report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
+    assert words in said(report, code, severity), report.findings
+    assert report.verdict is {"error": Verdict.FAIL, "warning": Verdict.WARN, "info": Verdict.PASS}[severity]
+
+
+class Named(TinyModule):
+    """Its optimizer knows the parameters' names, in an order of its own, perhaps without the layer's."""
+
+    def __init__(self, of_the_layer: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.of_the_layer = of_the_layer
+
+    def configure_optimizers(self) -> Any:
+        named = list((self.layer if self.of_the_layer else self).named_parameters())
+        return torch.optim.AdamW(named[::-1], lr=1e-2)
+
+
+@pytest.mark.parametrize("of_the_layer", [False, True])
+def test_moments_are_compared_by_name_where_names_are_known(of_the_layer: bool, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(Named(of_the_layer))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert "4 moments in the shapes of weights" in said(verify_checkpoint(tmp_path / "c.ckpt"), "CK405", "pass")
+
+    def swap(checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["optimizer_states"][0]["state"]
+        state[0], state[1] = state[1], state[0]
+
+    report = verify_checkpoint(edited(tmp_path / "c.ckpt", tmp_path / "e.ckpt", swap))
+    assert "has shape [4, 4], and weight layer.bias has [4]" in said(report, "CK405", "error")
+
+
+# Odd and healthy: every optimizer of torch on the same module, frozen and unused parameters
+
+
+class Partly(TinyModule):
+    """One parameter is frozen, one is not used, both are in the optimizer."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.make = make
+        self.layer.bias.requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.1),
+    "Adadelta": torch.optim.Adadelta,
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "Rprop": torch.optim.Rprop,
+    "ASGD": torch.optim.ASGD,
+    "Adafactor": torch.optim.Adafactor,
+    "LBFGS": lambda p: torch.optim.LBFGS([w for w in p if w.requires_grad]),
+    "transformers' Adafactor": lambda p: transformers.Adafactor(p, relative_step=True, lr=None),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_without_state_are_no_fault(name: str, tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, every_step(tmp_path), max_epochs=1).fit(Partly(OPTIMIZERS[name]))
+    for path in tmp_path.glob("*.ckpt"):
+        report = verify_checkpoint(path)
+        assert report.verdict is Verdict.PASS, report.findings
+    if name not in ("LBFGS", "Rprop", "ASGD"):
+        assert "3 of 4 parameters have no state" in said(report, "CK408", "info"), report.findings
+
+
+def test_frozen_weights_left_out_on_purpose_are_worth_knowing(trained: Path, tmp_path: Path) -> None:
+    def strip(checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["layer.bias"]
+        del checkpoint["optimizer_states"][0]["state"][1]
+
+    report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", strip))
+    assert "left out of the checkpoint on purpose" in said(report, "CK406", "info")
+    assert report.verdict is Verdict.PASS
+
+
+def test_a_healthy_enstack_folder_and_trainer_of_transformers_fit_their_weights(tmp_path: Path) -> None:
+    for path in (enstack_folder(tmp_path / "c"), huggingface_trainer(tmp_path / "h", 3)):
+        report = verify_checkpoint(path)
+        for code in ("CK405", "CK406", "CK407"):
+            assert said(report, code, "pass"), (path, code)
+
+
+def test_a_thousand_odd_groups_are_not_all_listed(trained: Path, tmp_path: Path) -> None:
+    def multiply(checkpoint: dict[str, Any]) -> None:
+        groups = checkpoint["optimizer_states"][0]["param_groups"]
+        groups[0]["lr"] = -1.0
+        groups.extend({**groups[0], "params": [n]} for n in range(2, 1001))
+
+    report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", multiply))
+    assert sum(f.code == "CK407" for f in report.findings) == 11
+    assert "990 further values" in said(report, "CK407", "error")
