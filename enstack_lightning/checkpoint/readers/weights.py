@@ -52,7 +52,7 @@ def add_config(facts: Facts, folder: Location) -> Facts:
     """The facts with the folder's `config.json` added."""
     config, size, defect = read_json_object(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
     if size:
-        facts = dataclasses.replace(facts, files=(*facts.files, FileFacts(CONFIG_FILE, size)))
+        facts = dataclasses.replace(facts, files=(*facts.files, FileFacts(CONFIG_FILE, size, without_checksum=size)))
     if config is None:
         return dataclasses.replace(facts, defects=(*facts.defects, *([defect] if defect else [])))
     version = config.get("transformers_version")
@@ -206,7 +206,7 @@ def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: Deep
         weights.defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}")
     data = sum(t.size for t in header.tensors)
     weights.data_sizes["tensors"] += data
-    weights.files.append(FileFacts(name, size, without_checksum=data))
+    weights.files.append(FileFacts(name, size, without_checksum=size))
     return [TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors]
 
 
@@ -245,7 +245,7 @@ def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights
     weights = _Weights(name, rank=1 if suffix == ".safetensors" else 3)
     index, size, defect = read_json_object(folder, name, MAX_INDEX_BYTES, finite=True)
     if size:
-        weights.files.append(FileFacts(name, size))
+        weights.files.append(FileFacts(name, size, without_checksum=size))
     if defect is not None:
         weights.defect(defect.kind, defect.where, defect.message)
     if index is None:
