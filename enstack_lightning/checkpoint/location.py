@@ -158,6 +158,10 @@ class RemoteLocation(Location):
         return self.url.rstrip("/").rpartition("/")[2]
 
     def is_folder(self) -> bool:
+        return self._is_folder
+
+    @cached_property
+    def _is_folder(self) -> bool:
         with object_store():
             return bool(self.filesystem.isdir(self.path))
 

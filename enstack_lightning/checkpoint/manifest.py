@@ -160,11 +160,14 @@ def compare_manifest(location: Location, digests: bool, progress: Progress | Non
     Returns:
         What differs, or why the manifest cannot be used; None when none is there. Does not raise.
     """
-    beside = _manifest_location(location)
-    name = str(beside)
     try:
+        beside = _manifest_location(location)
         if not beside.exists():
             return None
+    except OSError:
+        return None  # where not even that can be asked, reading the checkpoint says why
+    name = str(beside)
+    try:
         manifest = read_manifest(beside, _folder_of(location))
         _check_names(manifest, location)
         differences = list(_differences(location, manifest, digests, progress))

@@ -15,6 +15,8 @@ from pathlib import Path
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, locate
 from enstack_lightning.checkpoint.readers import is_checkpoint_folder
 from enstack_lightning.checkpoint.readers.content import is_unfinished
+from enstack_lightning.checkpoint.source import object_store
+from enstack_lightning.errors import CheckpointError
 
 SEARCH_DEPTH = 5
 """How many folders deep checkpoints are looked for."""
@@ -56,14 +58,21 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _within(path: str) -> Iterator[str]:
-    location = locate(path)
     empty = True
-    if location.is_folder() and not is_checkpoint_folder(location):
+    if _is_folder_of_checkpoints(path):
         for found in find_checkpoints(path):
             empty = False
             yield str(found)
     if empty:
         yield path
+
+
+def _is_folder_of_checkpoints(path: str) -> bool:
+    try:
+        location = locate(path)
+        return location.is_folder() and not is_checkpoint_folder(location)
+    except (OSError, CheckpointError):
+        return False  # verifying it says why it cannot be looked at
 
 
 def _matches(path: str) -> list[str]:
@@ -74,18 +83,20 @@ def _matches(path: str) -> list[str]:
         return [path]
     else:
         matches = glob.glob(path, recursive=True)  # noqa: PTH207 - the pattern may be absolute
-    return sorted(
-        (m for m in matches if not _is_set_aside(m) and not m.endswith(MANIFEST_SUFFIX)), key=natural_order
-    ) or [path]
+    kept = [match for match in matches if not _is_set_aside(match) and not match.endswith(MANIFEST_SUFFIX)]
+    return sorted(kept, key=natural_order) or [path]
 
 
 def _remote_matches(url: str) -> list[str]:
     if not re.search(r"[*\[]", url) or url.startswith(("http://", "https://")):
         return [url]
-    location = locate(url)
-    if not isinstance(location, RemoteLocation):
+    try:
+        location = locate(url)
+        assert isinstance(location, RemoteLocation)
+        with object_store():
+            return [location.filesystem.unstrip_protocol(found) for found in location.filesystem.glob(location.path)]
+    except (OSError, CheckpointError):
         return [url]
-    return [location.filesystem.unstrip_protocol(found) for found in location.filesystem.glob(location.path)]
 
 
 def _walk(folder: Location, root: Location, depth: int) -> Iterator[Location]:
