@@ -42,52 +42,56 @@ def put_back_what_old_versions_import() -> None:
     sys.modules.setdefault("pkg_resources", resources)
 
 
-put_back_what_old_versions_import()
-
-import pytorch_lightning as pl  # noqa: E402
-from pytorch_lightning.callbacks import ModelCheckpoint  # noqa: E402
-
-FOLDER, VERSION = Path(sys.argv[1]), pl.__version__
-
-
-class Module(pl.LightningModule):
-    def __init__(self, lr: float = 0.01) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.layer = torch.nn.Linear(2, 2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.layer(batch[0]).square().mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.layer(batch[0]).square().mean())
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-class SaveInsideTheSecondEpoch(pl.Callback):
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            trainer.save_checkpoint(FOLDER / f"{VERSION}-mid-epoch.ckpt")
-
-
 def accepted(function: Any, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
 
 
-torch.manual_seed(0)
-batches = DataLoader(TensorDataset(torch.arange(16.0).reshape(8, 2)), batch_size=2)
-saves = ModelCheckpoint(dirpath=str(FOLDER), filename=f"{VERSION}-epoch-end", monitor="val_loss")
-trainer = pl.Trainer(
-    **accepted(pl.Trainer.__init__, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False),
-    **({"checkpoint_callback": saves} if VERSION < "1.1" else {}),
-    callbacks=[SaveInsideTheSecondEpoch()] if VERSION < "1.1" else [saves, SaveInsideTheSecondEpoch()],
-)
-trainer.fit(Module(), batches, batches)
-trainer.save_checkpoint(FOLDER / f"{VERSION}-after-fit.ckpt")
-trainer.save_checkpoint(FOLDER / f"{VERSION}-weights.ckpt", weights_only=True)
+def train_and_save(folder: Path) -> None:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    version = pl.__version__
+
+    class Module(pl.LightningModule):
+        def __init__(self, lr: float = 0.01) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch[0]).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.layer(batch[0]).square().mean())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    class SaveInsideTheSecondEpoch(pl.Callback):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        ) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 1:
+                trainer.save_checkpoint(folder / f"{version}-mid-epoch.ckpt")
+
+    torch.manual_seed(0)
+    batches = DataLoader(TensorDataset(torch.arange(16.0).reshape(8, 2)), batch_size=2)
+    saves, inside = (
+        ModelCheckpoint(dirpath=str(folder), filename=f"{version}-epoch-end", monitor="val_loss"),
+        SaveInsideTheSecondEpoch(),
+    )
+    callbacks = {"checkpoint_callback": saves, "callbacks": [inside]} if version < "1.1" else {}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        **accepted(pl.Trainer.__init__, max_epochs=2, **quiet), **(callbacks or {"callbacks": [saves, inside]})
+    )
+    trainer.fit(Module(), batches, batches)
+    trainer.save_checkpoint(folder / f"{version}-after-fit.ckpt")
+    trainer.save_checkpoint(folder / f"{version}-weights.ckpt", weights_only=True)
+
+
+if __name__ == "__main__":
+    put_back_what_old_versions_import()
+    train_and_save(Path(sys.argv[1]))
