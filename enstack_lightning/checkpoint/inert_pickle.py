@@ -11,6 +11,7 @@ Opcodes: Lib/pickletools.py of CPython.
 
 from __future__ import annotations
 
+import gc
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
@@ -108,6 +109,9 @@ class _Machine:
         self.work = Work()
 
     def run(self) -> Unpickled:
+        # Nothing here becomes garbage, and in a process full of objects each look for it costs as much as the reading.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             self.begin()
             self.step_to_the_end()
@@ -122,6 +126,9 @@ class _Machine:
             )
             error.globals = tuple(self.globals.values())
             raise error from e
+        finally:
+            if collects:
+                gc.enable()
 
     def begin(self) -> None:
         head = self.data[self.at : self.at + 2]

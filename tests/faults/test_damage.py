@@ -37,10 +37,11 @@ def unread_ranges(path: Path) -> list[range]:
     """Byte ranges that a quick verification leaves unread on purpose: tensors' bytes and the padding of headers."""
     with LocalSource(path) as source:
         file = TorchFile(source)
-        offsets = file._payload_offsets
-        headers = [range(r.header_offset + 30 + len(r.name.encode()), offsets[r.name]) for r in file.records.values()]
+        headers = [
+            range(r.header_offset + 30 + len(r.name.encode()), file.payload_offset(n)) for n, r in file.records.items()
+        ]
         return headers + [
-            range(offsets[r.name], offsets[r.name] + r.size)
+            range(file.payload_offset(name), file.payload_offset(name) + r.size)
             for name, r in file.records.items()
             if name != "data.pkl" and name not in step_records(path)
         ]
@@ -100,7 +101,7 @@ def test_a_flipped_bit_in_a_step_count_of_the_optimizer_fails(trained: Path, tmp
     with LocalSource(path) as source:
         file = TorchFile(source)
         record = file.records[step_records(path)[0]]
-        offset = file._payload_offsets[record.name]
+        offset = file.payload_offset(step_records(path)[0])
     flip_bit(path, offset + 2)
     report = verify_checkpoint(path)
     assert codes(report) >= {"CK105"}
