@@ -75,7 +75,6 @@ class Span:
         size: bytes.
         crc32: the CRC-32 it was saved with; None where the format keeps none.
         byteorder: of its numbers, as the struct module writes it.
-        compared: it was read and agreed with its checksum already.
     """
 
     where: str
@@ -84,7 +83,6 @@ class Span:
     crc32: int | None
     tensors: tuple[NamedTensor, ...]
     byteorder: ByteOrder = "<"
-    compared: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class _Reading:
     def __init__(self, source: Source, spans: Sequence[Span], deep: DeepRead) -> None:
         self._source = source
         self._spans = spans
-        self._values = [SpanValues(span) for span in spans]
+        self._values = {i: values for i, span in enumerate(spans) if span.tensors and (values := SpanValues(span))}
         self._progress = deep.progress
         self._crc32, self._combine = _checksum_functions()
         self._local = source.local_fd()
@@ -195,7 +193,7 @@ class _Reading:
 
     def _read_segment(self, segment: _Segment, buffer: Bytes, window: _Window | None) -> int:
         """Reads one segment chunk by chunk; returns its CRC-32."""
-        span, values = self._spans[segment.span], self._values[segment.span]
+        span, values = self._spans[segment.span], self._values.get(segment.span)
         checksum = 0
         for at in range(segment.start, segment.end, CHUNK_BYTES):
             if self._stopped:
@@ -208,7 +206,7 @@ class _Reading:
                 _read_into(fd, data, base + span.offset + at)
             if span.crc32 is not None:
                 checksum = self._crc32(data, checksum)
-            if values:
+            if values is not None:
                 values.examine(at // CHUNK_BYTES, data)
             if self._progress is not None:
                 self._progress(len(data))
@@ -227,11 +225,12 @@ class _Reading:
         budget = Budget(2 * sum(span.size for span in self._spans) + MIN_BUDGET_BYTES)
         values: list[ValueFacts] = []
         unsearched: list[Defect] = []
-        for i, span in enumerate(self._spans):
+        for i, judged in self._values.items():
+            span = self._spans[i]
             if i in self._defects and self._defects[i].kind is not DefectKind.DAMAGED:
                 continue
             try:
-                for found in self._values[i].found(partial(self._read_again, span), budget):
+                for found in judged.found(partial(self._read_again, span), budget):
                     if isinstance(found, ValueFacts):
                         values.append(found)
                     else:

@@ -221,10 +221,16 @@ class TorchFile:
                 crc32=self._checksum_of(record),
                 tensors=tuple(tensors.get(name, ())),
                 byteorder=self._byteorder,
-                compared=name in self._compared,
             )
             for name, record in self.records.items()
         ]
+
+    @property
+    def not_read(self) -> int:
+        """Bytes of records that have a checksum and were not compared with it so far."""
+        return sum(
+            r.size for n, r in self.records.items() if n not in self._compared and self._checksum_of(r) is not None
+        )
 
     # Records
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 MAX_DIRECTORY_BYTES = 64 * 2**20
-MAX_RECORDS = 200_000
-"""Of one archive. A checkpoint of 6,000 tensors with an optimizer's state has some 24,000."""
+MAX_RECORDS = 100_000
+"""Of one archive, and about a second of work. A checkpoint of 6,000 tensors with their optimizer's state has 24,000."""
 
 MAX_NAME_BYTES = 1_024
 MAX_PREFETCHED_RECORD = 64 * 2**20
@@ -90,7 +90,7 @@ class ZipArchive:
         ranges = []
         for entry, border in zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True):
             whole = border - entry.header_offset
-            if entry.name.endswith("/data.pkl") and whole <= MAX_PREFETCHED_RECORD:
+            if entry.name == "data.pkl" and whole <= MAX_PREFETCHED_RECORD:
                 ranges.append((entry.header_offset, whole))
             elif whole > 0:
                 head = _LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES
@@ -113,14 +113,13 @@ class ZipArchive:
                 raise ContainerDefectError(
                     "damaged",
                     f"its {entry.size:,} bytes from byte {offset:,} on reach beyond byte {border:,}, the next record",
-                    entry.short,
+                    entry.name,
                 )
             if entry.flags & _HAS_DESCRIPTOR:
                 expected += self._descriptor_length(entry, expected, border)
             elif entry.size:
                 self.unlike_torch["has no descriptor behind it"] += 1
-            name = entry.short
-            records[name] = Record(name, entry.size, entry.crc32, entry.header_offset, offset)
+            records[entry.name] = Record(entry.name, entry.size, entry.crc32, entry.header_offset, offset)
         if expected != end:
             raise ContainerDefectError(
                 "damaged", f"the archive's records end at byte {expected:,} and its directory begins at byte {end:,}"
@@ -131,7 +130,7 @@ class ZipArchive:
         size = min(_LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES, border - entry.header_offset)
         if size < _LOCAL.size + len(entry.raw_name):
             raise _header_defect(entry, "there is no room for it")
-        header = self._source.read_at(entry.header_offset, size, entry.short)
+        header = self._source.read_at(entry.header_offset, size, entry.name)
         magic, _, flags, method, _, _, crc32, compressed, whole, name_length, extra_length = _LOCAL.unpack_from(header)
         extra_start = _LOCAL.size + name_length
         if magic != b"PK\x03\x04":
@@ -145,7 +144,7 @@ class ZipArchive:
             raise _header_defect(entry, f"its extra field of {extra_length:,} bytes reaches into the next record")
         extra = header[extra_start : extra_start + extra_length]
         if len(extra) < extra_length:
-            extra = self._source.read_at(entry.header_offset + extra_start, extra_length, entry.short)
+            extra = self._source.read_at(entry.header_offset + extra_start, extra_length, entry.name)
         if whole or compressed or crc32 or not flags & _HAS_DESCRIPTOR:
             _check_local_sizes(entry, extra, crc32, compressed, whole)
         if not _is_torch_padding(extra):
@@ -159,12 +158,12 @@ class ZipArchive:
             raise ContainerDefectError(
                 "damaged",
                 f"{border - offset:,} bytes lie between its end and the next record; a descriptor has 16 or 24",
-                entry.short,
+                entry.name,
             )
-        found = form.unpack(self._source.read_at(offset, form.size, entry.short))
+        found = form.unpack(self._source.read_at(offset, form.size, entry.name))
         if found != (b"PK\x07\x08", entry.crc32, entry.size, entry.size):
             raise ContainerDefectError(
-                "damaged", "the descriptor behind it disagrees with the archive's directory", entry.short
+                "damaged", "the descriptor behind it disagrees with the archive's directory", entry.name
             )
         return form.size
 
@@ -176,8 +175,9 @@ class _Directory(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A record as the directory has it."""
+    """A record as the directory has it; `path` with the archive's folder, `name` without."""
 
+    path: str
     name: str
     raw_name: bytes
     size: int
@@ -185,22 +185,13 @@ class _Entry(NamedTuple):
     header_offset: int
     flags: int
 
-    @property
-    def short(self) -> str:
-        """Its name without the archive's folder."""
-        return _short(self.name)
-
-
-def _short(name: str) -> str:
-    return name.partition("/")[2] or name
-
 
 def _header_offset(entry: _Entry) -> int:
     return entry.header_offset
 
 
 def _header_defect(entry: _Entry, why: str) -> ContainerDefectError:
-    return ContainerDefectError("damaged", f"its header disagrees with the archive's directory: {why}", entry.short)
+    return ContainerDefectError("damaged", f"its header disagrees with the archive's directory: {why}", entry.name)
 
 
 def _misplaced(entry: _Entry, expected: int) -> ContainerDefectError:
@@ -208,7 +199,7 @@ def _misplaced(entry: _Entry, expected: int) -> ContainerDefectError:
         message = f"{entry.header_offset:,} bytes stand before the archive's first record"
     else:
         message = f"it begins at byte {entry.header_offset:,}; the record before it ends at byte {expected:,}"
-    return ContainerDefectError("damaged", message, entry.short)
+    return ContainerDefectError("damaged", message, entry.name)
 
 
 def _is_torch_padding(extra: bytes) -> bool:
@@ -311,24 +302,21 @@ def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
     if magic != b"PK\x01\x02" or not 0 < name_length <= MAX_NAME_BYTES or end > len(raw):
         raise ContainerDefectError("damaged", f"the archive's directory has no entry at byte {at:,} of it")
     try:
-        name = raw_name.decode("utf-8")
+        path = raw_name.decode("utf-8")
     except UnicodeDecodeError:
         raise ContainerDefectError("damaged", "a record's name in the archive's directory is not UTF-8") from None
+    name = path.partition("/")[2] or path
     if size == _WIDE or compressed == _WIDE or offset == _WIDE:
         size, compressed, offset = _zip64_values(raw[extra_start:end], size, compressed, offset)
     if method != 0 or compressed != size:
         raise ContainerDefectError(
-            "damaged", f"it is compressed (method {method}); torch stores records as they are", _short(name)
+            "damaged", f"it is compressed (method {method}); torch stores records as they are", name
         )
     if disk or comment_length or external & _IS_FOLDER:
-        raise ContainerDefectError(
-            "damaged", "it is said to be a folder, to have a comment or to lie elsewhere", _short(name)
-        )
+        raise ContainerDefectError("damaged", "it is said to be a folder, to have a comment or to lie elsewhere", name)
     if flags & ~_ALLOWED_FLAGS:
-        raise ContainerDefectError(
-            "damaged", f"it has flags 0x{flags:04x}: encrypted, or not written by torch", _short(name)
-        )
-    return _Entry(name, raw_name, size, crc32, offset, flags), end
+        raise ContainerDefectError("damaged", f"it has flags 0x{flags:04x}: encrypted, or not written by torch", name)
+    return _Entry(path, name, raw_name, size, crc32, offset, flags), end
 
 
 def _zip64_values(extra: bytes, *values: int) -> list[int]:
@@ -350,16 +338,16 @@ def _zip64_values(extra: bytes, *values: int) -> list[int]:
 
 def _check_names(entries: list[_Entry]) -> None:
     seen: set[str] = set()
-    prefix = entries[0].name.partition("/")[0] + "/"
+    folder = entries[0].path.partition("/")[0] + "/"
     for entry in entries:
-        name = entry.name
         # torch looks names up without regard to case and takes one of several by chance of its search.
-        key = name.lower()
+        key = entry.path.lower()
         if key in seen:
-            raise ContainerDefectError("damaged", "it is in the archive more than once", entry.short)
+            raise ContainerDefectError("damaged", "it is in the archive more than once", entry.name)
         seen.add(key)
-        if not name.startswith(prefix) or "\\" in name or "\0" in name or not _LEADING_AWAY.isdisjoint(name.split("/")):
-            raise ContainerDefectError("damaged", f"record {name!r} does not lie in the archive's one folder")
+        parts = entry.path.split("/")
+        if not entry.path.startswith(folder) or "\\" in key or "\0" in key or not _LEADING_AWAY.isdisjoint(parts):
+            raise ContainerDefectError("damaged", f"record {entry.path!r} does not lie in the archive's one folder")
 
 
 _LEADING_AWAY = frozenset(("", ".", ".."))

@@ -138,18 +138,17 @@ class TorchArchive:
         self._scanned = True
         if self._file is None or self._source is None:
             return
-        named = [Named(name, "weight", tensor) for name, tensor in weights.items()]
-        named += [Named(name, "optimizer", tensor) for name, tensor in moments.items()]
-        try:
-            spans = [dataclasses.replace(s, where=f"{self.name}:{s.where}") for s in self._file.spans(named)]
-            not_read = sum(s.size for s in spans if s.crc32 is not None and not s.compared)
-            if self._deep is not None:
-                result = read_deeply(self._source, spans, self._deep)
-                self._add(result.defects)
-                self.values, not_read = result.values, 0
-        except ContainerDefectError as e:
-            self._note(e)
-            return
+        not_read = self._file.not_read if isinstance(self._file, TorchFile) else 0
+        if self._deep is not None:
+            named = [Named(name, "weight", tensor) for name, tensor in weights.items()]
+            named += [Named(name, "optimizer", tensor) for name, tensor in moments.items()]
+            spans = [
+                Span(f"{self.name}:{s.where}", s.offset, s.size, s.crc32, s.tensors, s.byteorder)
+                for s in self._file.spans(named)
+            ]
+            result = read_deeply(self._source, spans, self._deep)
+            self._add(result.defects)
+            self.values, not_read = result.values, 0
         without = self._file.without_checksum
         self.files = tuple(dataclasses.replace(f, without_checksum=without, not_read=not_read) for f in self.files)
 
