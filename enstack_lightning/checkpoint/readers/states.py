@@ -166,10 +166,11 @@ def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def number(value: object) -> float | None:
-    """A finite int or float as it is; None for everything else, booleans included."""
+    """A finite int or float as it is; None for everything else, booleans and ints beyond 64 bits included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    # Arithmetic of floats with an int of a thousand bits raises.
+    return value if abs(value) < 2**63 or (isinstance(value, float) and math.isfinite(value)) else None
 
 
 def whole(value: object) -> int | None:

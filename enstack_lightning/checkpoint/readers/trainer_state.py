@@ -56,7 +56,7 @@ def update_steps(state: Mapping[str, Any], arguments: Mapping[str, Any]) -> Upda
 def _updates_by_epoch(global_step: int | None, epoch: float | None) -> int | None:
     """After u updates in epoch e of N updates, `epoch` lies between u / N and u / (N - 1) beyond e: so N is the one
     whole number from `global_step / epoch` up."""
-    if not global_step or not epoch or global_step < 0 or epoch < 0 or global_step / epoch > _ENDLESS:
+    if not global_step or not epoch or not 0 < global_step < 2**63 or epoch < 0 or global_step / epoch > _ENDLESS:
         return None
     return max(1, math.ceil(global_step / epoch * (1 - 1e-9)))
 

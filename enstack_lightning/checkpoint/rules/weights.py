@@ -149,7 +149,8 @@ def _is_reshaped(facts: Facts) -> bool:
 
 
 def _is_known(facts: Facts) -> bool:
-    return facts.model_config.get("model_type") in _MODEL_TYPES
+    kind = facts.model_config.get("model_type")
+    return isinstance(kind, str) and kind in _MODEL_TYPES
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
