@@ -174,8 +174,8 @@ def number(value: object) -> float | None:
 
 
 def whole(value: object) -> int | None:
-    """An int as it is; None for everything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """An int of at most 64 bits as it is; None for everything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 def at(value: object, path: Iterable[str]) -> Any:
