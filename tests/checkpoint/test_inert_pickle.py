@@ -406,7 +406,7 @@ def walked(value: Any, depth: int = 0) -> int:
 
 
 def test_any_web_of_references_becomes_a_finite_tree() -> None:
-    draw, cut, whole = random.Random(1), 0, 0
+    draw, cut, whole, refused = random.Random(1), 0, 0, []
     for _ in range(500):
         nodes = [draw.choice([list, dict, argparse.Namespace])() for _ in range(6)]
         for node in nodes:
@@ -418,13 +418,14 @@ def test_any_web_of_references_becomes_a_finite_tree() -> None:
         try:
             value, odd = loops(pickle.dumps(draw.sample(nodes, 3), draw.choice(PROTOCOLS)))
         except PickleDefectError as e:
-            assert "0x3" in str(e), e  # POP or POP_MARK, for a tuple that holds itself
+            refused.append(str(e))
             continue
         walked(value)
         cut += odd == [OddityKind.CYCLE]
         whole += not odd
     assert cut > 200
     assert cut + whole > 250
+    assert all("0x30" in r or "0x31" in r for r in refused), "POP or POP_MARK, for a tuple that holds itself"
 
 
 @pytest.mark.parametrize(
@@ -568,10 +569,11 @@ BROKEN = {
     "a name across a frame's end": b"\x80\x04\x95" + struct.pack("<Q", 4) + b"cos\nsystem\n.",
     "a frame in protocol 2": b"\x80\x02\x95" + struct.pack("<Q", 2) + b"N.",
     "a rebuild by itself": b"\x80\x02"
-    + named("torch._tensor._rebuild_from_type_v2") * 2
+    + named("torch._tensor._rebuild_from_type_v2")
+    + b"("
+    + named("torch._tensor._rebuild_from_type_v2")
     + named("a.b")
-    + b"))\x87Nt"[1:]
-    + b".",
+    + b")NtR.",
 }
 
 
@@ -658,15 +660,10 @@ MOST = MAX_OPCODES - 10
 BOMBS = {
     "lists": b"(" + b"]" * MOST + b"t.",
     "lists by the 64 MB": b"]" * (64 * 2**20 - 3) + b".",
-    "short tuples": b"(" + b"N\x85" * (MOST // 2) + b"t.",
     "dicts of one": b"(" + b"}NNs" * (MOST // 4) + b"t.",
     "calls": b"(" + named("a.b") + b"q\x00" + b"h\x00)RNNs" * (MOST // 6) + b"t.",
-    "sets": b"(" + b"\x8f" * MOST + b"t.",
     "nested tuples": b")" + b"\x85" * MOST + b".",
-    "nested calls": named("a.b") + b")R" * (MOST // 2) + b".",
     "marks": b"(" * MOST + b".",
-    "marks and tuples": b"(" * (MOST // 2) + b"t" * (MOST // 2) + b".",
-    "a memo of everything": b"(" + b"".join(b"]r" + struct.pack("<I", 9_973 * i) for i in range(430_000)) + b"t.",
     "a memo read back": b"(" + b"]q\x01h\x01" * (MOST // 3) + b"t.",
     "integers of 255 bytes": b"(" + (b"\x8a\xff" + b"\x7f" * 255) * 250_000 + b"t.",
     "integers with one hash as keys": b"}("
@@ -684,7 +681,6 @@ BOMBS = {
     "64 MB of text": b"X" + struct.pack("<I", 64 * 2**20 - 8) + b"a" * (64 * 2**20 - 8) + b".",
     "wide text": b"(" + text("a" * 990 + "😀") * 60_000 + b"t.",
     "half surrogates": b"(" + text("\ud800") * MOST + b"t.",
-    "half surrogates in one": text("\ud800" * 1_300_000) + b".",
     "pairs copied again and again": b"(]("
     + b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(200_000))
     + b"eq\x00"
@@ -700,13 +696,21 @@ BOMBS = {
     + b"\x86q\x01"
     + b"h\x00h\x01R" * 400_000
     + b"t.",
-    "names": b"(" + b"".join(b"ca%d\nb\n" % i for i in range(1_000_000)) + b"t.",
-    "storages": b"(" + text("storage") + b"q\x00" + named("torch.FloatStorage") + b"q\x01"
-    b"" + b"".join(b"(h\x00h\x01" + text(f"{i:06d}") + text("cpu") + b"K\x01tQ" for i in range(180_000)) + b"t.",
-    "tensors": b"(" + named("torch._utils._rebuild_tensor") + b"q\x00(" + storage() + b"K\x00))tq\x01"
-    b"" + b"h\x00h\x01R" * (MOST // 3) + b"t.",
+    "storages": b"("
+    + text("storage")
+    + b"q\x00"
+    + named("torch.FloatStorage")
+    + b"q\x01"
+    + b"".join(b"(h\x00h\x01" + text(f"{i:06d}") + text("cpu") + b"K\x01tQ" for i in range(180_000))
+    + b"t.",
+    "tensors": b"("
+    + named("torch._utils._rebuild_tensor")
+    + b"q\x00("
+    + storage()
+    + b"K\x00))tq\x01"
+    + b"h\x00h\x01R" * (MOST // 3)
+    + b"t.",
     "a list appended to itself": b"]q\x00(" + b"h\x00" * MOST + b"e.",
-    "empty frames": (b"\x95" + bytes(8)) * MOST + b"N.",
 }
 
 
