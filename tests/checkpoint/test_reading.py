@@ -14,7 +14,8 @@ import torch
 from builders import BATCHES, edited, enstack_folder
 
 import enstack_lightning
-from enstack_lightning.checkpoint import (, Options
+from enstack_lightning.checkpoint import (
+    Options,
     Severity,
     Verdict,
     find_checkpoints,

@@ -236,8 +236,9 @@ def test_labels_that_config_leaves_out_are_two(saved: Callable[..., Facts]) -> N
 
 @pytest.mark.parametrize("value", [None, "20", True, 2.5, [20], -1, 2**70])
 def test_sizes_that_are_no_sizes_break_nothing(saved: Callable[..., Facts], value: Any) -> None:
-    config = dict.fromkeys([*SIZES, "id2label", "num_labels", "architectures"], value)
-    findings(changed(saved(), config))
+    for names in ([*SIZES, "id2label", "num_labels"], ["architectures"], ["model_type"], ["quantization_config"]):
+        for odd in (value, [value], [[value]], {"a": value}):
+            findings(changed(saved(), dict.fromkeys(names, odd)))
 
 
 # CK602

@@ -155,7 +155,8 @@ def _is_known(facts: Facts) -> bool:
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
     named = config.get("architectures")
-    return named[0] if isinstance(named, list) and len(named) == 1 and named[0] in _HEADS else None
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    return name if isinstance(name, str) and name in _HEADS else None
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
