@@ -203,9 +203,8 @@ def config_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
     if len(wrong) > MAX_LISTED:
         yield error(f"{len(wrong) - MAX_LISTED:,} further weights do not have the shape that config.json says")
     if not wrong:
-        labels = (
-            f", {sizes['num_labels']} labels" if any("num_labels" in s for s in _head(encoder, config).values()) else ""
-        )
+        judged = any("num_labels" in named for named in _head(encoder, config).values()) and "num_labels" in sizes
+        labels = f", {sizes['num_labels']:,} labels" if judged else ""
         yield passed(f"config.json agrees with the weights: {len(encoder.layers)} layers{labels}")
 
 
