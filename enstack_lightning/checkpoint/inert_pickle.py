@@ -57,6 +57,7 @@ MAX_OPCODES = 1_500_000
 MAX_GLOBAL_NAME = 1_024
 MAX_GLOBALS = 10_000
 _MAX_WIDE_TEXT = 4 * 2**20
+_MAX_MEMO_GAP = 65_536  # a pickler numbers without gaps; Python's own unpickler takes memory for all of a gap
 _INT32, _UINT16, _FLOAT64 = struct.Struct("<i"), struct.Struct("<H"), struct.Struct(">d")
 
 
@@ -155,7 +156,12 @@ class _Machine:
                     memo[data[at]] = stack[-1]
                     at += 1
                 elif opcode == 0x72:  # LONG_BINPUT
-                    memo[unpack_from("<I", data, at)[0]] = stack[-1]
+                    index = unpack_from("<I", data, at)[0]
+                    if index > len(memo) + _MAX_MEMO_GAP:
+                        raise PickleDefectError(
+                            f"memo value {index:,} is set at byte {at - 1:,} after {len(memo):,} others"
+                        )
+                    memo[index] = stack[-1]
                     at += 4
                 elif opcode == 0x94:  # MEMOIZE
                     memo[len(memo)] = stack[-1]

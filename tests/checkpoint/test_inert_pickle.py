@@ -493,6 +493,7 @@ BROKEN = {
     "a tuple without a mark": b"\x80\x02Nt.",
     "a memo value never set": b"\x80\x02h\x05.",
     "a long memo value never set": b"\x80\x02j\xff\xff\xff\xff.",
+    "a memo index far beyond the others": b"\x80\x02Nr\xff\xff\xff\xff.",
     "put with nothing there": b"\x80\x02q\x00.",
     "append to a tuple": b"\x80\x02)Na.",
     "append to a dict": b"\x80\x02}Na.",
