@@ -215,7 +215,7 @@ class _Machine:
                     at, end, stack = self.at, self.end, self.stack
             else:
                 raise PickleDefectError(
-                    f"the pickle has more than {self.max_opcodes:,} opcodes; no checkpoint needs that many"
+                    f"the pickle has more than {self.max_opcodes:,} opcodes, the most that is read in bounded time"
                 )
         finally:
             self.at = at

@@ -1,16 +1,20 @@
-"""One line on a terminal's standard error that says how far a long command is; nothing anywhere else."""
+"""How far a long command is, on a terminal's standard error; nothing anywhere else."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import threading
 import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 
 _BEGINS_AFTER = 0.3
 _REDRAWN_EVERY = 0.1
-_BAR = 24
 
 
 def wants_progress() -> bool:
@@ -18,8 +22,18 @@ def wants_progress() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class ProgressLine:
-    """Draws `[#####-----] 12 of 1,000  1,446 of 9,000 MB` and takes it away again; safe to call from any thread.
+def bytes_to_read(path: str) -> int:
+    """Bytes of a file, or of all files below a folder; 0 for a URL and for what cannot be looked at."""
+    try:
+        place = Path(path)
+        files = [f for f in place.rglob("*") if f.is_file()] if place.is_dir() else [place]
+        return sum(f.stat().st_size for f in files)
+    except (OSError, ValueError):
+        return 0
+
+
+class ProgressBar:
+    """A bar that is gone when it is done; use it as a context manager. `read` may be called from any thread.
 
     It begins after a moment, so that what is done at once draws nothing.
 
@@ -29,52 +43,56 @@ class ProgressLine:
     """
 
     def __init__(self, total: int, total_bytes: int = 0) -> None:
-        self._total, self._total_bytes = total, total_bytes
-        self._done = self._bytes = 0
-        self._began = time.monotonic()
-        self._drawn_at = self._began + _BEGINS_AFTER - _REDRAWN_EVERY
-        self._drawn = False
-        self._lock = threading.Lock()
+        self._counts_bytes = total_bytes > 0
+        self._bar = _bar(self._counts_bytes)
+        self._task = self._bar.add_task("", total=total_bytes or total, things=total, done=0)
+        self._done = 0
+        self._drawn_at = time.monotonic() + _BEGINS_AFTER - _REDRAWN_EVERY
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.clear()
 
     def read(self, count: int) -> None:
         """So many bytes more were read."""
-        with self._lock:
-            self._bytes += count
+        if self._counts_bytes:
+            self._bar.advance(self._task, count)
             self._draw()
 
     def advance(self) -> None:
         """One thing more is done."""
-        with self._lock:
-            self._done += 1
-            self._draw()
+        self._done += 1
+        self._bar.update(self._task, advance=0 if self._counts_bytes else 1, done=self._done)
+        self._draw()
 
     def clear(self) -> None:
-        """Takes the line away, for other text to be printed or for good."""
-        with self._lock:
-            if self._drawn:
-                self._write("\r\x1b[K")
-                self._drawn = False
+        """Takes the bar away, for other text to be printed or for good."""
+        self._bar.stop()
 
     def _draw(self) -> None:
         now = time.monotonic()
         if now - self._drawn_at >= _REDRAWN_EVERY:
-            self._drawn_at, self._drawn = now, True
-            columns = shutil.get_terminal_size().columns
-            self._write("\r\x1b[K" + self._text(now)[: columns - 1])
+            self._drawn_at = now
+            self._bar.start()
+            self._bar.refresh()
 
-    def _text(self, now: float) -> str:
-        share = self._bytes / self._total_bytes if self._total_bytes else self._done / max(1, self._total)
-        filled = round(min(1.0, share) * _BAR)
-        said = f"[{'#' * filled}{'-' * (_BAR - filled)}] {self._done:,} of {self._total:,}"
-        if self._bytes:
-            of = f" of {self._total_bytes / 1e6:,.0f}" if self._total_bytes else ""
-            speed = self._bytes / 1e6 / max(1e-3, now - self._began)
-            said += f"  {self._bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"
-        return said
 
-    def _write(self, text: str) -> None:
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except OSError:  # the terminal is gone: nobody looks
-            pass
+def _bar(counts_bytes: bool) -> Progress:
+    # Imported only where it is drawn: rich takes longer to import than a checkpoint to verify.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = [BarColumn(), TextColumn("{task.fields[done]:,} of {task.fields[things]:,}")]
+    columns += [DownloadColumn(), TransferSpeedColumn()] if counts_bytes else []
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, auto_refresh=False)

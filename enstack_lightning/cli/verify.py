@@ -21,10 +21,11 @@ from enstack_lightning.checkpoint import (
     to_text,
     verify_checkpoint,
 )
+from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.checkpoint.rendering.text import Tally, to_brief, to_line
 from enstack_lightning.cli.output import Output, OutputError, output_to
-from enstack_lightning.cli.progress import ProgressLine, wants_progress
+from enstack_lightning.cli.progress import ProgressBar, bytes_to_read, wants_progress
 from enstack_lightning.errors import CheckpointError
 
 EXIT_FAILED = 1
@@ -44,7 +45,7 @@ class Batch:
     paths: Sequence[str]
     options: Options
     strict: bool
-    progress: ProgressLine | None
+    progress: ProgressBar | None
 
     @property
     def one(self) -> bool:
@@ -52,12 +53,15 @@ class Batch:
 
     def reports(self) -> Iterator[Report]:
         """The report on each checkpoint, as soon as it is done."""
-        for path in self.paths:
-            report = verify_checkpoint(path, self.options, self.progress.read if self.progress else None)
-            if self.progress:
-                self.progress.advance()
-                self.progress.clear()
-            yield report
+        if self.progress is None:
+            yield from (verify_checkpoint(path, self.options) for path in self.paths)
+            return
+        with self.progress as bar:
+            for path in self.paths:
+                report = verify_checkpoint(path, self.options, bar.read)
+                bar.advance()
+                bar.clear()
+                yield report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,11 +75,7 @@ def main(argv: Sequence[str]) -> int:
         with output_to(arguments.output) as output:
             paths = list(dict.fromkeys(_checkpoints_at(arguments.paths)))
             batch = Batch(paths, options, arguments.strict, _progress(paths, arguments))
-            try:
-                return 0 if _WRITERS[arguments.format](batch, output, arguments) else EXIT_FAILED
-            finally:
-                if batch.progress:
-                    batch.progress.clear()
+            return 0 if _WRITERS[arguments.format](batch, output, arguments) else EXIT_FAILED
     except OutputError as e:
         if arguments.output is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it would fail again
@@ -99,20 +99,15 @@ def _checkpoints_at(paths: Iterable[str]) -> Iterator[str]:
             yield path
 
 
-def _progress(paths: Sequence[str], arguments: argparse.Namespace) -> ProgressLine | None:
+def _progress(paths: Sequence[str], arguments: argparse.Namespace) -> ProgressBar | None:
     if arguments.quiet or not (arguments.deep or len(paths) >= PROGRESS_FROM) or not wants_progress():
         return None
-    return ProgressLine(len(paths), sum(map(_size_of, paths)) if arguments.deep else 0)
+    return ProgressBar(len(paths), sum(map(_bytes_read_deeply, paths)) if arguments.deep else 0)
 
 
-def _size_of(path: str) -> int:
-    """Bytes on disk of a file or a folder's files; 0 for what stands elsewhere."""
-    try:
-        if not Path(path).is_dir():
-            return Path(path).stat().st_size
-        return sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
-    except (OSError, ValueError):
-        return 0
+def _bytes_read_deeply(path: str) -> int:
+    """All of them, and once more for a manifest's digests."""
+    return bytes_to_read(path) * (2 if manifest_path(path).exists() else 1)
 
 
 # The forms. Each writes the reports and says whether all of them are accepted.
