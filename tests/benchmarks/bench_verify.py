@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.source import LocalSource
@@ -35,13 +35,15 @@ ORIGINAL = Path(__file__).with_name("original_verify.py")
 # The checkpoints
 
 
+def codebert(layers: int) -> RobertaConfig:
+    sizes = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 5}
+    return RobertaConfig(num_hidden_layers=layers, architectures=["RobertaForSequenceClassification"], **sizes)
+
+
 def weights_of(layers: int, scale: int = 1) -> dict[str, torch.Tensor]:
     """The weights of `RobertaForSequenceClassification`; `scale` makes every tensor that many times larger."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    sizes = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 5}
     with torch.device("meta"):
-        model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=layers, **sizes))
+        model = RobertaForSequenceClassification(codebert(layers))
     shapes = {name: (scale, *p.shape) if scale > 1 else tuple(p.shape) for name, p in model.named_parameters()}
     make: Callable[[Any], torch.Tensor] = torch.empty if scale > 1 else torch.randn
     return {name: make(shape) for name, shape in shapes.items()}
@@ -118,8 +120,7 @@ def write_enstack(folder: Path, layers: int) -> None:
     }
     torch.save(state, folder / "training_state.pth")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta"}
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    codebert(layers).save_pretrained(folder)
 
 
 # The measurements
