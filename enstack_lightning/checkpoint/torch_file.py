@@ -137,8 +137,10 @@ class TorchFile:
         try:
             content = read_pickle(data)
         except PickleDefectError as e:
-            changed = f"; {mismatch(actual, saved)}" if saved not in (None, actual) else ""
-            raise UnreadablePickleError(f"it cannot be read: {e}{changed}", e.globals) from e
+            # That its bytes have changed says why it cannot be read.
+            intact = saved is None or saved == actual
+            message = f"it cannot be read: {e}" if intact else mismatch(actual, saved)
+            raise UnreadablePickleError(message, e.globals) from e
         if saved is not None and actual != saved:
             raise UnreadablePickleError(mismatch(actual, saved), content.globals)
         self._compared.add(_PICKLE)
