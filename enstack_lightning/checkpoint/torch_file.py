@@ -138,8 +138,7 @@ class TorchFile:
             content = read_pickle(data)
         except PickleDefectError as e:
             # That its bytes have changed says why it cannot be read.
-            intact = saved is None or saved == actual
-            message = f"it cannot be read: {e}" if intact else mismatch(actual, saved)
+            message = mismatch(actual, saved) if saved is not None and saved != actual else f"it cannot be read: {e}"
             raise UnreadablePickleError(message, e.globals) from e
         if saved is not None and actual != saved:
             raise UnreadablePickleError(mismatch(actual, saved), content.globals)
