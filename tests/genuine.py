@@ -471,7 +471,18 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(index % 5)}
 
 
-def huggingface_trainer(folder: Path, step: int, **options: Any) -> Path:
+class OneWeight(nn.Module):
+    """The smallest thing that transformers' Trainer trains, and no model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.layer(input_ids[:, :1].float()).square().mean()}
+
+
+def huggingface_trainer(folder: Path, step: int, model: Callable[[], nn.Module] = roberta, **options: Any) -> Path:
     torch.manual_seed(0)
     defaults = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": step, "logging_steps": 2}
     arguments = transformers.TrainingArguments(
@@ -482,7 +493,7 @@ def huggingface_trainer(folder: Path, step: int, **options: Any) -> Path:
         disable_tqdm=True,
         **{**defaults, **options},
     )
-    transformers.Trainer(roberta(), arguments, train_dataset=Tokens()).train()
+    transformers.Trainer(model(), arguments, train_dataset=Tokens()).train()
     return folder / f"checkpoint-{step}"
 
 
@@ -496,6 +507,7 @@ HUGGINGFACE: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (7, {"bf16": True}),
     "max_steps": (4, {"max_steps": 9}),
     "finished": (14, {}),
+    "a plain torch module": (7, {"model": OneWeight}),
 }
 for _name, (_step, _options) in HUGGINGFACE.items():
     genuine(

@@ -57,13 +57,19 @@ def missing_file(facts: Facts, options: Options) -> Iterator[Outcome]:
     `model.safetensors` or `pytorch_model.bin`; a Hugging Face folder `config.json` and its weights, with every shard
     that `*.index.json` names; a sharded folder `.metadata` and every `.distcp` file that it names. A Trainer that finds
     `optimizer.pt` or `scheduler.pt` missing loads neither and goes on, without a word, with a new optimizer. Inference
-    does without the files of a training run.
+    does without the files of a training run. A Trainer's checkpoint of a plain torch module has no `config.json`.
     """
     for outcome in _defects(facts, DefectKind.MISSING, "Check the path, or copy it again from where it was saved."):
         if options.purpose == "inference" and outcome.where in _OF_A_TRAINING_RUN:
             yield info(outcome.message, outcome.where, "Inference does not need it.")
+        elif options.purpose == "resume" and outcome.where == "config.json" and _is_of_a_trainer(facts):
+            yield info(outcome.message, outcome.where, "The Trainer resumes without it; from_pretrained needs it.")
         else:
             yield outcome
+
+
+def _is_of_a_trainer(facts: Facts) -> bool:
+    return facts.format is Format.HUGGINGFACE and not facts.model_only
 
 
 @rule(
