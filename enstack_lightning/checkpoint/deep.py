@@ -160,7 +160,7 @@ class _Reading:
         defects = [*(self._defects[i] for i in sorted(self._defects)), *unsearched]
         if self._source.has_changed():
             where = self._spans[0].where.partition(":")[0] if self._spans else ""
-            defects.append(Defect(DefectKind.DAMAGED, where, "it changed while it was read; verify it again"))
+            defects.append(Defect.changed(where))
         return DeepResult(tuple(defects), tuple(values), verified)
 
     def _cut(self) -> Iterator[_Segment]:
@@ -188,8 +188,7 @@ class _Reading:
             except ContainerDefectError as e:
                 self._defects[segment.span] = Defect(DefectKind(e.kind), span.where, str(e))
             except OSError as e:
-                message = f"it cannot be read: {e.strerror or e}"
-                self._defects[segment.span] = Defect(DefectKind.UNREADABLE, span.where, message)
+                self._defects[segment.span] = Defect.unreadable(span.where, e)
 
     def _read_segment(self, segment: _Segment, buffer: Bytes, window: _Window | None) -> int:
         """Reads one segment chunk by chunk; returns its CRC-32."""

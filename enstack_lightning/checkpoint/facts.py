@@ -50,6 +50,16 @@ class Defect:
     where: str
     message: str
 
+    @classmethod
+    def unreadable(cls, where: str, error: OSError) -> Defect:
+        """The operating system, or the client of an object store, does not give the bytes."""
+        return cls(DefectKind.UNREADABLE, where, f"it cannot be read: {error.strerror or error}")
+
+    @classmethod
+    def changed(cls, where: str) -> Defect:
+        """The file was written to while it was read, so that what was read is of no moment in particular."""
+        return cls(DefectKind.DAMAGED, where, "it changed while it was read; verify it again")
+
 
 class OddityKind(StrEnum):
     """Something unusual that stops no reader: whether it matters is for a rule to say."""

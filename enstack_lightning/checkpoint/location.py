@@ -198,7 +198,7 @@ class RemoteLocation(Location):
         except FileNotFoundError:
             return Defect(DefectKind.MISSING, name, "it is missing"), 0
         except OSError as e:
-            return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}"), 0
+            return Defect.unreadable(name, e), 0
         if found.get("type") != "file":
             return Defect(DefectKind.UNRECOGNISED, name, "it is not a file"), 0
         size = int(found.get("size") or 0)

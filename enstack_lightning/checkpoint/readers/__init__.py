@@ -57,7 +57,7 @@ def read_facts(location: Location, deep: DeepRead | None = None) -> Facts:
     try:
         return _read_folder(location, deep) if location.is_folder() else _read_file(location, deep)
     except OSError as e:
-        return _failed(location, DefectKind.UNREADABLE, f"it cannot be read: {e.strerror or e}")
+        return _failed(location, Defect.unreadable(_where(location), e))
 
 
 def is_checkpoint_folder(location: Location) -> bool:
@@ -82,7 +82,7 @@ def _read_folder(location: Location, deep: DeepRead | None) -> Facts:
         return read_enstack_folder(location, deep)
     if is_huggingface_folder(names):
         return read_huggingface(location, deep)
-    return _failed(location, DefectKind.UNRECOGNISED, content_of_folder(names))
+    return _failed(location, Defect(DefectKind.UNRECOGNISED, _where(location), content_of_folder(names)))
 
 
 def _read_file(location: Location, deep: DeepRead | None) -> Facts:
@@ -96,7 +96,7 @@ def _read_file(location: Location, deep: DeepRead | None) -> Facts:
     except ContainerDefectError as e:
         return Facts(str(location), files=(FileFacts(name, size),), defects=(defect_of(e, name),))
     except OSError as e:
-        return _failed(location, DefectKind.UNREADABLE, f"it cannot be read: {e.strerror or e}")
+        return _failed(location, Defect.unreadable(_where(location), e))
     facts = _read_content(location, content, deep)
     if not facts.files:
         facts = dataclasses.replace(facts, files=(FileFacts(name, size),))
@@ -108,7 +108,8 @@ def _read_content(location: Location, content: Content, deep: DeepRead | None) -
         return read_safetensors_file(location, deep)
     if content.kind is ContentKind.OTHER:
         advice = f"; {content.advice}" if content.advice else ""
-        return _failed(location, DefectKind.UNRECOGNISED, f"it is {content.what}, no checkpoint{advice}")
+        message = f"it is {content.what}, no checkpoint{advice}"
+        return _failed(location, Defect(DefectKind.UNRECOGNISED, _where(location), message))
     with read_archive(location, location.name, deep=deep) as archive:
         read = read_lightning if is_lightning(archive.value) else read_plain_torch
         return archive.complete(read(archive, str(location)))
@@ -142,6 +143,9 @@ def _judge_name(facts: Facts, name: str, content: Content) -> Facts:
     )
 
 
-def _failed(location: Location, kind: DefectKind, message: str) -> Facts:
-    where = location.name or str(location)
-    return Facts(str(location), Format.UNKNOWN, defects=(Defect(kind, where, message),))
+def _where(location: Location) -> str:
+    return location.name or str(location)
+
+
+def _failed(location: Location, defect: Defect) -> Facts:
+    return Facts(str(location), Format.UNKNOWN, defects=(defect,))

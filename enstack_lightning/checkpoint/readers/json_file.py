@@ -32,7 +32,7 @@ def read_json_object(
     except (ContainerDefectError, UnicodeDecodeError, RecursionError, ValueError) as e:
         return None, size, Defect(DefectKind.DAMAGED, name, f"it is no valid JSON: {e}")
     except OSError as e:
-        return None, size, Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}")
+        return None, size, Defect.unreadable(name, e)
     if not isinstance(value, dict):
         message = f"it holds a JSON {type(value).__name__} where an object is needed"
         return None, size, Defect(DefectKind.DAMAGED, name, message)

@@ -192,11 +192,11 @@ def read_safetensors_file(location: Location, deep: DeepRead | None = None) -> F
                 result = read_deeply(source, spans(header, name), deep)
                 defects, values = [*result.defects], result.values
             if source.has_changed():
-                defects.append(Defect(DefectKind.DAMAGED, name, "it changed while it was read; verify it again"))
+                defects.append(Defect.changed(name))
     except ContainerDefectError as e:
         defects.append(defect_of(e, name))
     except OSError as e:
-        defects.append(Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}"))
+        defects.append(Defect.unreadable(name, e))
         return dataclasses.replace(facts, defects=tuple(defects))
     return dataclasses.replace(
         facts,

@@ -56,7 +56,7 @@ from enstack_lightning.checkpoint.readers.states import (
     tensors_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
 from enstack_lightning.checkpoint.safetensors_file import shown
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
@@ -121,10 +121,13 @@ class _Folder:
     globals: list[GlobalFacts] = field(default_factory=list)
 
     def add(self, kind: DefectKind, where: str, message: str) -> None:
+        self.note(Defect(kind, where, message))
+
+    def note(self, defect: Defect) -> None:
         if len(self.defects) < MAX_DEFECTS:
-            self.defects.append(Defect(kind, where, message))
+            self.defects.append(defect)
         elif len(self.defects) == MAX_DEFECTS:
-            self.defects.append(Defect(kind, METADATA_FILE, "further defects of the shards are not listed"))
+            self.defects.append(Defect(defect.kind, METADATA_FILE, "further defects of the shards are not listed"))
 
     @contextmanager
     def source(self, file: str) -> Iterator[Source | None]:
@@ -132,17 +135,17 @@ class _Folder:
         try:
             source = self.location.child(file).open()
         except ContainerDefectError as e:
-            self.add(DefectKind(e.kind), file, str(e))
+            self.note(defect_of(e, file))
             yield None
             return
         except OSError as e:
-            self.add(DefectKind.UNREADABLE, file, f"it cannot be read: {e.strerror or e}")
+            self.note(Defect.unreadable(file, e))
             yield None
             return
         with source:
             yield source
             if source.has_changed():
-                self.add(DefectKind.DAMAGED, file, "it changed while it was read; verify it again")
+                self.note(Defect.changed(file))
 
     def count(self, file: str, not_read: int, without_checksum: int) -> None:
         counted = dataclasses.replace(self.files[file], not_read=not_read, without_checksum=without_checksum)
@@ -194,7 +197,7 @@ def _unpickled(folder: _Folder, name: str) -> Unpickled | None:
     if size:
         folder.files[name] = FileFacts(name, size, without_checksum=size)
     if defect is not None:
-        folder.add(defect.kind, defect.where, defect.message)
+        folder.note(defect)
         return None
     with folder.source(name) as source:
         if source is None:
@@ -206,7 +209,7 @@ def _unpickled(folder: _Folder, name: str) -> Unpickled | None:
             folder.add(DefectKind.DAMAGED, name, f"it cannot be read: {e}")
             return None
         except OSError as e:
-            folder.add(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}")
+            folder.note(Defect.unreadable(name, e))
             return None
     folder.globals += [GlobalFacts(g.module, g.name, name, "pickle") for g in content.globals]
     return content
@@ -234,7 +237,7 @@ def _note_unnamed(folder: _Folder, name: str, described: bool) -> None:
         message = ".metadata stores nothing in this file, so nothing reads it: it is left from another save"
         folder.oddities.append(Oddity(OddityKind.STRAY_FILE, name, message))
     elif defect is not None:
-        folder.add(defect.kind, defect.where, defect.message)
+        folder.note(defect)
 
 
 def _is_whole(folder: _Folder, file: str, pieces: list[Piece]) -> bool:
@@ -245,7 +248,7 @@ def _is_whole(folder: _Folder, file: str, pieces: list[Piece]) -> bool:
     if size:
         folder.files[file] = FileFacts(file, size)
     if defect is not None:
-        folder.add(defect.kind, defect.where, defect.message)
+        folder.note(defect)
         return False
     pieces.sort(key=lambda piece: (piece.offset, piece.length))
     end = 0

@@ -97,7 +97,7 @@ class TorchArchive:
         except ContainerDefectError as e:
             self._note(e)
         except OSError as e:
-            self.defects.append(_unreadable(self.name, e))
+            self.defects.append(Defect.unreadable(self.name, e))
         else:
             self.read(source)
 
@@ -116,7 +116,7 @@ class TorchArchive:
             self.globals = self._globals_of(_globals_seen(e))
             self._note(e)
         except OSError as e:
-            self.defects.append(_unreadable(self.name, e))
+            self.defects.append(Defect.unreadable(self.name, e))
 
     def read_scalar(self, tensor: object) -> float | None:
         """The value of a scalar tensor; a damaged one becomes a defect."""
@@ -127,7 +127,7 @@ class TorchArchive:
         except ContainerDefectError as e:
             self._note(e)
         except OSError as e:
-            self.defects.append(_unreadable(self.name, e))
+            self.defects.append(Defect.unreadable(self.name, e))
         return None
 
     def scan(self, weights: Mapping[str, TensorDescriptor], moments: Mapping[str, TensorDescriptor]) -> None:
@@ -163,7 +163,7 @@ class TorchArchive:
                 for o in self._file.oddities
             ]
         if self._source is not None and self._source.has_changed():
-            self._add([Defect(DefectKind.DAMAGED, self.name, "it changed while it was read; verify it again")])
+            self._add([Defect.changed(self.name)])
         values = facts.values if self.values is None else (*(facts.values or ()), *self.values)
         return dataclasses.replace(
             facts,
@@ -259,10 +259,6 @@ def _globals_seen(error: ContainerDefectError) -> tuple[Global, ...]:
         if seen:
             return tuple(seen)
     return ()
-
-
-def _unreadable(name: str, error: OSError) -> Defect:
-    return Defect(DefectKind.UNREADABLE, name, f"it cannot be read: {error.strerror or error}")
 
 
 def _limited(defects: list[Defect]) -> list[Defect]:

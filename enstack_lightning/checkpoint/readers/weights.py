@@ -118,10 +118,13 @@ class _Weights:
         return self.name in ADAPTER_FILES
 
     def defect(self, kind: DefectKind, where: str, message: str) -> None:
+        self.note(Defect(kind, where, message))
+
+    def note(self, defect: Defect) -> None:
         if len(self.defects) < MAX_DEFECTS:
-            self.defects.append(Defect(kind, where, message))
+            self.defects.append(defect)
         elif len(self.defects) == MAX_DEFECTS:
-            self.defects.append(Defect(kind, self.name, "further defects of these weights are not listed"))
+            self.defects.append(Defect(defect.kind, self.name, "further defects of these weights are not listed"))
 
 
 @dataclass
@@ -187,7 +190,7 @@ def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: Deep
     location = folder.child(name)
     defect, size = location.check_file(name, folder)
     if defect is not None:
-        weights.defect(defect.kind, defect.where, defect.message)
+        weights.note(defect)
         return []
     header = SafetensorsHeader((), {})
     try:
@@ -198,12 +201,11 @@ def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: Deep
                 weights.defects += result.defects
                 weights.values += result.values
             if source.has_changed():
-                weights.defect(DefectKind.DAMAGED, name, "it changed while it was read; verify it again")
+                weights.note(Defect.changed(name))
     except ContainerDefectError as e:
-        defect = defect_of(e, name)
-        weights.defect(defect.kind, defect.where, defect.message)
+        weights.note(defect_of(e, name))
     except OSError as e:
-        weights.defect(DefectKind.UNREADABLE, name, f"it cannot be read: {e.strerror or e}")
+        weights.note(Defect.unreadable(name, e))
     data = sum(t.size for t in header.tensors)
     weights.data_sizes["tensors"] += data
     weights.files.append(FileFacts(name, size, without_checksum=size))
@@ -220,7 +222,7 @@ def _read_torch(weights: _Weights, folder: Location, name: str, deep: DeepRead |
     weights.globals += read.globals
     weights.values += read.values or ()
     for defect in read.defects:
-        weights.defect(defect.kind, defect.where, defect.message)
+        weights.note(defect)
     if value is not None and not isinstance(value, Mapping):
         message = f"it holds a {type(value).__name__} where a dict of tensors is needed"
         weights.defect(DefectKind.UNRECOGNISED, name, message)
@@ -247,7 +249,7 @@ def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights
     if size:
         weights.files.append(FileFacts(name, size, without_checksum=size))
     if defect is not None:
-        weights.defect(defect.kind, defect.where, defect.message)
+        weights.note(defect)
     if index is None:
         return weights
     weight_map = _weight_map(weights, index, suffix)
