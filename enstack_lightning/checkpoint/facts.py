@@ -100,6 +100,10 @@ class FileFacts:
     not_read: int = 0
 
 
+Loader = Literal["weights_only", "transformers", "torch", "pickle", "never"]
+"""How the framework reads a pickle; see `GlobalFacts.loader`."""
+
+
 @dataclass(frozen=True)
 class GlobalFacts:
     """A name that one of the checkpoint's pickles would import.
@@ -115,7 +119,7 @@ class GlobalFacts:
     module: str
     name: str
     where: str = ""
-    loader: Literal["weights_only", "transformers", "torch", "pickle", "never"] = "weights_only"
+    loader: Loader = "weights_only"
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"

@@ -17,7 +17,7 @@ from enstack_lightning.checkpoint.deep import DeepRead, DeepResult, Named, Named
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, ValueFacts
 from enstack_lightning.checkpoint.location import locate
 from enstack_lightning.checkpoint.readers.states import named_weights
-from enstack_lightning.checkpoint.readers.torch_archive import read_archive, read_archive_part
+from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive, read_archive
 from enstack_lightning.checkpoint.source import LocalSource, RemoteSource
 from enstack_lightning.checkpoint.tensor_values import CHUNK_BYTES
 from enstack_lightning.checkpoint.torch_file import TorchFile
@@ -344,10 +344,8 @@ def test_a_part_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
     path = saved(tmp_path, {"w": torch.tensor([1.0, NAN])})
     inner = path.read_bytes()
     (tmp_path / "whole").write_bytes(b"before" + inner + b"behind")
-    with (
-        LocalSource(tmp_path / "whole") as source,
-        read_archive_part(source, 6, len(inner), "whole:w", DeepRead()) as archive,
-    ):
+    with LocalSource(tmp_path / "whole") as source, TorchArchive("whole:w", DeepRead(), "weights_only") as archive:
+        archive.read(source.part(6, len(inner)))
         archive.scan(named_weights(archive.value), {})
         facts = archive.complete(Facts("whole"))
     assert facts.defects == ()

@@ -489,6 +489,15 @@ def test_a_tensor_that_is_none_is_named(plain: Path, tmp_path: Path) -> None:
     assert "system" in {g.name for g in facts.globals}
 
 
+def test_names_in_an_entry_whose_bytes_have_changed_are_judged_all_the_same(tmp_path: Path) -> None:
+    folder = save(tmp_path / "evil", {"w": torch.ones(2), "extra": RunsCode(tmp_path / "canary")})
+    data = (folder / DATA).read_bytes()
+    (folder / DATA).write_bytes(data.replace(b"touch ", b"Touch "))
+    facts = read(folder)
+    assert "they have changed" in said(facts)
+    assert "system" in {g.name for g in facts.globals}
+
+
 def test_an_object_store_is_read_the_same(plain: Path) -> None:
     import fsspec
 

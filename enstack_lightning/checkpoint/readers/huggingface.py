@@ -19,10 +19,12 @@ from enstack_lightning.checkpoint.facts import (
     Facts,
     FileFacts,
     Format,
+    Loader,
     RunFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import Call
 from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.readers.json_file import read_json_object
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.sharded import read_sharded
@@ -35,7 +37,7 @@ from enstack_lightning.checkpoint.readers.states import (
     scheduler_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import Loader, read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import read_archive
 from enstack_lightning.checkpoint.readers.trainer_state import (
     best_metric,
     misshapen_counters,
@@ -62,7 +64,6 @@ _FSDP_WHOLE_MODEL = "pytorch_model_fsdp.bin"
 _FSDP_WHOLE_OPTIMIZER = "optimizer.bin"
 _FSDP_RANK = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?_rank\d+\.bin")
 _DEEPSPEED = re.compile(r"global_step\d+")
-_LEFTOVERS = (".tmp", ".part", ".incomplete")
 
 _BY_METRIC = frozenset(("num_bad_epochs", "patience"))
 """What `ReduceLROnPlateau` and transformers' `GreedyLR` keep."""
@@ -119,7 +120,7 @@ def read_huggingface(location: Location, deep: DeepRead | None = None) -> Facts:
 
 def _leftovers(location: Location, names: Iterable[str]) -> tuple[str, ...]:
     staged = [location.name] if location.name.startswith("tmp-checkpoint-") else []
-    return (*staged, *(name for name in names if name.endswith(_LEFTOVERS)))
+    return (*staged, *filter(is_unfinished, names))
 
 
 # The model

@@ -16,7 +16,7 @@ from enstack_lightning.checkpoint.deep import DeepRead, Named, Role, Span, misma
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, GlobalFacts, Oddity, ValueFacts
 from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
 from enstack_lightning.checkpoint.readers.shard_metadata import Piece
-from enstack_lightning.checkpoint.readers.torch_archive import defect_of
+from enstack_lightning.checkpoint.readers.torch_archive import defect_of, globals_seen
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
@@ -228,7 +228,7 @@ def _opened(source: Source, naming: Naming | None, compare: bool = False) -> _Op
         file = TorchFile(source)
         content = file.read_pickle()
     except ContainerDefectError as e:
-        return _Opened(errors=(e,), globals=_named_before(e))
+        return _Opened(errors=(e,), globals=globals_seen(e))
     for tensor in content.tensors:
         try:
             file.check_storage(tensor)
@@ -267,11 +267,6 @@ def _mismatches(source: Source, file: TorchFile) -> list[ContainerDefectError]:
 
 def _unreadable(error: OSError) -> ContainerDefectError:
     return ContainerDefectError("unreadable", f"it cannot be read: {error.strerror or error}")
-
-
-def _named_before(error: ContainerDefectError) -> tuple[Global, ...]:
-    """The names that a pickle had named before reading it failed."""
-    return tuple(getattr(error.__cause__, "globals", ()))
 
 
 def _is_small(piece: Piece) -> bool:

@@ -37,6 +37,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     read_pickle,
 )
 from enstack_lightning.checkpoint.location import Location, leads_out
+from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.readers.lightning import VERSION_KEY, lightning_facts
 from enstack_lightning.checkpoint.readers.shard_metadata import (
     MetadataDefectError,
@@ -104,7 +105,7 @@ def read_sharded(location: Location, deep: DeepRead | None = None, within: str =
         oddities=(*folder.oddities, *reader.oddities, *facts.oddities),
         globals=(*folder.globals, *reader.globals.values(), *facts.globals),
         tensors=_with_files(facts.tensors, state, files),
-        leftovers=tuple(name for name in names if name.endswith(".tmp")),
+        leftovers=tuple(filter(is_unfinished, names)),
         values=None if deep is None else (*(facts.values or ()), *reader.whole_values(namings)),
     )
     return _named_within(facts, within) if within else facts

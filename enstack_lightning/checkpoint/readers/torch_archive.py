@@ -1,7 +1,6 @@
 """What every reader of a torch file does alike: open it, read its pickle, check its tensors' storages, note defects.
 
-It hides whether the file is a zip archive or in the format of torch before 1.6, and whether it is a file of its own or
-a window of another one, as in a sharded checkpoint.
+It hides whether the file is a zip archive or in the format of torch before 1.6.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from enstack_lightning.checkpoint.deep import DeepRead, Named, Span, read_deeply
 from enstack_lightning.checkpoint.facts import (
@@ -19,19 +18,17 @@ from enstack_lightning.checkpoint.facts import (
     Facts,
     FileFacts,
     GlobalFacts,
+    Loader,
     Oddity,
     ValueFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
 from enstack_lightning.checkpoint.location import Location
-from enstack_lightning.checkpoint.readers.content import TAIL_BYTES, ContentKind, content_of
+from enstack_lightning.checkpoint.readers.content import BEGINNING_BYTES, TAIL_BYTES, ContentKind, content_of
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 MAX_DEFECTS = 20
-
-Loader = Literal["weights_only", "transformers", "pickle", "never"]
-"""How the framework reads the pickle; see `GlobalFacts.loader`."""
 
 
 class TorchContainer(Protocol):
@@ -113,7 +110,7 @@ class TorchArchive:
             self.globals = self._globals_of(content.globals)
             self._check_storages(content.tensors)
         except ContainerDefectError as e:
-            self.globals = self._globals_of(_globals_seen(e))
+            self.globals = self._globals_of(globals_seen(e))
             self._note(e)
         except OSError as e:
             self.defects.append(Defect.unreadable(self.name, e))
@@ -217,20 +214,6 @@ def read_archive(
     return archive
 
 
-def read_archive_part(
-    source: Source,
-    offset: int,
-    size: int,
-    name: str,
-    deep: DeepRead | None = None,
-    loader: Loader = "weights_only",
-) -> TorchArchive:
-    """Reads a torch file that is `size` bytes of another file from `offset` on."""
-    archive = TorchArchive(name, deep, loader)
-    archive.read(source.part(offset, size))
-    return archive
-
-
 def defect_of(error: ContainerDefectError, name: str) -> Defect:
     """The defect that a container's error describes."""
     where = f"{name}:{error.record}" if error.record else name
@@ -240,7 +223,8 @@ def defect_of(error: ContainerDefectError, name: str) -> Defect:
 def _container(source: Source) -> TorchContainer:
     if source.size == 0:
         raise ContainerDefectError("empty", "it is empty (0 bytes)")
-    source.prefetch([(0, min(source.size, 512)), (max(source.size - TAIL_BYTES, 0), min(source.size, TAIL_BYTES))])
+    beginning, tail = min(source.size, BEGINNING_BYTES), min(source.size, TAIL_BYTES)
+    source.prefetch([(0, beginning), (source.size - tail, tail)])
     content = content_of(source)
     if content.kind is ContentKind.TORCH_ZIP:
         return TorchFile(source)
@@ -252,7 +236,7 @@ def _container(source: Source) -> TorchContainer:
     raise ContainerDefectError("unrecognised", f"it is {content.what}, not a file of torch.save{advice}")
 
 
-def _globals_seen(error: ContainerDefectError) -> tuple[Global, ...]:
+def globals_seen(error: ContainerDefectError) -> tuple[Global, ...]:
     """The names that a pickle had named before reading it failed."""
     for e in (error, error.__cause__):
         seen = getattr(e, "globals", ())
