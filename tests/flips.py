@@ -379,7 +379,7 @@ def harmless_in_archive(file: Path, begin: int, size: int) -> list[tuple[range, 
         data = source.read_at(0, size)
         archive = TorchFile(source)
         for name, record in archive.records.items():
-            start, payload = record.header_offset, archive.payload_offset(name)
+            start, payload = record.header_offset, archive.records[name].offset
             name_end = start + 30 + len(record.name.encode())
             fields += [
                 (range(start + 4, start + 6), "the version needed to extract a record, which torch does not read"),
@@ -411,7 +411,7 @@ def record_borders(file: Path) -> set[int]:
             source = whole.part(begin, size)
             archive, data = TorchFile(source), source.read_at(0, size)
             for name, record in archive.records.items():
-                payload = archive.payload_offset(name)
+                payload = archive.records[name].offset
                 borders |= {begin + n for n in (record.header_offset, payload, payload + record.size)}
         borders |= {begin + data.rindex(magic) for magic in (b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06")}
     return borders

@@ -38,7 +38,7 @@ from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
 FOLDER_MANIFEST = "checkpoint.manifest.json"
-SUFFIX = ".manifest.json"
+MANIFEST_SUFFIX = ".manifest.json"
 VERSION = 1
 
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -81,7 +81,9 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
         'epoch=2.ckpt.manifest.json'
     """
     checkpoint = Path(path)
-    return checkpoint / FOLDER_MANIFEST if checkpoint.is_dir() else checkpoint.with_name(checkpoint.name + SUFFIX)
+    if checkpoint.is_dir():
+        return checkpoint / FOLDER_MANIFEST
+    return checkpoint.with_name(checkpoint.name + MANIFEST_SUFFIX)
 
 
 def write_manifest(
@@ -364,7 +366,7 @@ def _manifest_location(location: Location) -> Location:
     if location.is_folder():
         return location.child(FOLDER_MANIFEST)
     if isinstance(location, RemoteLocation):
-        return RemoteLocation(location.url + SUFFIX, location.filesystem, location.path + SUFFIX)
+        return RemoteLocation(location.url + MANIFEST_SUFFIX, location.filesystem, location.path + MANIFEST_SUFFIX)
     assert isinstance(location, LocalLocation)
     return LocalLocation(manifest_path(location.path))
 

@@ -52,11 +52,6 @@ class ResumePlan:
         return self.next_epoch - self.first_epoch
 
     @property
-    def batches_left(self) -> int | None:
-        """Batches of the next epoch still to train; None where the epoch's length is not known."""
-        return None if self.batches_per_epoch is None else self.batches_per_epoch - self.next_batch
-
-    @property
     def sentence(self) -> str:
         """The plan in one line.
 

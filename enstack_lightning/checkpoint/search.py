@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, locate
+from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX
 from enstack_lightning.checkpoint.readers import is_checkpoint_folder
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.source import object_store
@@ -22,7 +23,6 @@ SEARCH_DEPTH = 5
 """How many folders deep checkpoints are looked for."""
 CORRUPT_SUFFIX = ".corrupt"
 """Set aside as unusable: such a name is that of no checkpoint any more."""
-MANIFEST_SUFFIX = ".manifest.json"
 
 
 def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path | str]:

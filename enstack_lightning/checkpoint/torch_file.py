@@ -203,10 +203,6 @@ class TorchFile:
             message = f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
             self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, message))
 
-    def payload_offset(self, name: str) -> int:
-        """Where the bytes of record `name` (without the archive's folder) begin in the file."""
-        return self.records[name].offset
-
     def spans(self, named: Iterable[Named] = ()) -> list[Span]:
         """Every record of the archive, with those of the `named` tensors that lie in it."""
         tensors: dict[str, list[NamedTensor]] = {}

@@ -98,7 +98,7 @@ def write_sparse(path: Path, layers: int) -> None:
     with LocalSource(path) as source:
         file = TorchFile(source)
         state = file.read_pickle().value["optimizer_states"][0]["state"]
-        offsets = [file.payload_offset(f"data/{entry['step'].storage.key}") for entry in state.values()]
+        offsets = [file.records[f"data/{entry['step'].storage.key}"].offset for entry in state.values()]
     with path.open("r+b") as target:
         for offset in offsets:
             target.seek(offset)

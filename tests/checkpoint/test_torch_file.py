@@ -160,7 +160,7 @@ def test_records_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
     assert (facts.defects, facts.oddities) == ((), ())
     with LocalSource(tmp_path / "t.pt") as source:
         file = TorchFile(source)
-        at = {n: file.payload_offset(n) for n in file.records}
+        at = {n: r.offset for n, r in file.records.items()}
         assert at["data/1"] > 2**32
     # torch computes the same place from the header that it finds there.
     reader = torch._C.PyTorchFileReader(str(tmp_path / "t.pt"))
@@ -171,9 +171,7 @@ def test_offsets_of_payloads_are_those_of_torch(plain: Path) -> None:
     reader = torch._C.PyTorchFileReader(str(plain))
     with LocalSource(plain) as source:
         file = TorchFile(source)
-        assert {n: file.payload_offset(n) for n in file.records} == {
-            n: reader.get_record_offset(n) for n in file.records
-        }
+        assert {n: r.offset for n, r in file.records.items()} == {n: reader.get_record_offset(n) for n in file.records}
 
 
 # Archives by other writers
@@ -467,7 +465,7 @@ def test_a_damaged_scalar_is_found_without_deep(tmp_path: Path) -> None:
 
 def test_the_same_damage_is_one_defect(tmp_path: Path, plain: Path) -> None:
     with LocalSource(plain) as source:
-        offset = TorchFile(source).payload_offset("data.pkl") + 20
+        offset = TorchFile(source).records["data.pkl"].offset + 20
     poke(plain, offset, "<B", 0)
     report = verify_checkpoint(plain, Options(deep=True))
     assert len([d for d in report.facts.defects if d.where.endswith("data.pkl") and "CRC" in d.message]) <= 2

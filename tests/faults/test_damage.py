@@ -38,10 +38,10 @@ def unread_ranges(path: Path) -> list[range]:
     with LocalSource(path) as source:
         file = TorchFile(source)
         headers = [
-            range(r.header_offset + 30 + len(r.name.encode()), file.payload_offset(n)) for n, r in file.records.items()
+            range(r.header_offset + 30 + len(r.name.encode()), file.records[n].offset) for n, r in file.records.items()
         ]
         return headers + [
-            range(file.payload_offset(name), file.payload_offset(name) + r.size)
+            range(file.records[name].offset, file.records[name].offset + r.size)
             for name, r in file.records.items()
             if name != "data.pkl" and name not in step_records(path)
         ]
@@ -101,7 +101,7 @@ def test_a_flipped_bit_in_a_step_count_of_the_optimizer_fails(trained: Path, tmp
     with LocalSource(path) as source:
         file = TorchFile(source)
         record = file.records[step_records(path)[0]]
-        offset = file.payload_offset(step_records(path)[0])
+        offset = file.records[step_records(path)[0]].offset
     flip_bit(path, offset + 2)
     report = verify_checkpoint(path)
     assert codes(report) >= {"CK105"}

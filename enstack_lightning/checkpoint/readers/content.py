@@ -20,8 +20,7 @@ _MAX_HEADER = 100_000_000
 _FETCH = "a download that failed saved it in place of the file; fetch the file again"
 _UNPACK = "unpack it first"
 
-
-UNFINISHED_SUFFIXES = (
+_UNFINISHED = (
     ".part",
     ".partial",
     ".tmp",
@@ -95,13 +94,13 @@ def content_of(source: Source) -> Content:
     """
     beginning = source.read_at(0, min(BEGINNING_BYTES, source.size))
     if not beginning.startswith(b"PK\x03\x04"):
-        return content_of_beginning(beginning, source.size)
-    if _torch_wrote(first_record(beginning)):
+        return _content_of_beginning(beginning, source.size)
+    if _torch_wrote(_first_record(beginning)):
         return Content(ContentKind.TORCH_ZIP, "a torch file")
-    return _content_of_zip(record_names(source))
+    return _content_of_zip(_record_names(source))
 
 
-def content_of_beginning(beginning: bytes, size: int) -> Content:
+def _content_of_beginning(beginning: bytes, size: int) -> Content:
     """What a file of `size` bytes is by its first bytes, 512 or all; a zip archive is taken for one of torch."""
     if beginning and beginning[:4] == b"PK\x03\x04"[: len(beginning)]:
         return Content(ContentKind.TORCH_ZIP, "a torch file")
@@ -118,21 +117,13 @@ def content_of_beginning(beginning: bytes, size: int) -> Content:
     return _content_of_odd_bytes(beginning, size)
 
 
-def name_of_content(beginning: bytes) -> str | None:
-    """What a file is that does not begin like one of torch's two formats, with what to do; None for one that does."""
-    content = content_of_beginning(beginning, len(beginning))
-    if content.kind in (ContentKind.TORCH_ZIP, ContentKind.TORCH_LEGACY):
-        return None
-    return f"{content.what} ({content.advice})" if content.advice else content.what
-
-
-def first_record(beginning: bytes) -> str:
+def _first_record(beginning: bytes) -> str:
     """The name of the first record of a zip archive by its local header."""
     length = int.from_bytes(beginning[26:28], "little")
     return beginning[30 : 30 + length].decode("utf-8", "replace")
 
 
-def record_names(source: Source) -> list[str]:
+def _record_names(source: Source) -> list[str]:
     """The names that the end of a zip archive's directory lists: to tell what it is, and for nothing else."""
     size = min(source.size, TAIL_BYTES)
     tail = source.read_at(source.size - size, size)
@@ -143,18 +134,15 @@ def record_names(source: Source) -> list[str]:
     return names
 
 
-def is_torchscript(names: list[str]) -> bool:
-    """Whether records of these names make a zip archive one of `torch.jit.save`: it holds code."""
-    return any(name.partition("/")[2] == "constants.pkl" for name in names)
-
-
 def _torch_wrote(name: str) -> bool:
     return name.partition("/")[2] in ("data.pkl", "version", ".format_version", "byteorder")
 
 
 def _content_of_zip(names: list[str]) -> Content:
-    if is_torchscript(names):
-        return Content(ContentKind.OTHER, *TORCHSCRIPT)
+    if any(name.partition("/")[2] == "constants.pkl" for name in names):
+        what = "a TorchScript archive, as torch.jit.save writes it: a program, not a checkpoint"
+        advice = "name a file of torch.save; torch.jit.load would run what this one holds"
+        return Content(ContentKind.OTHER, what, advice)
     if not names or any(name.partition("/")[2] == "data.pkl" for name in names):
         return Content(ContentKind.TORCH_ZIP, "a torch file")
     if "[Content_Types].xml" in names:
@@ -167,12 +155,6 @@ def _content_of_zip(names: list[str]) -> Content:
         return Content(ContentKind.OTHER, "a file of NumPy arrays (.npz)")
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return Content(ContentKind.OTHER, f"an ordinary zip archive (it holds {shown})", _UNPACK)
-
-
-TORCHSCRIPT = (
-    "a TorchScript archive, as torch.jit.save writes it: a program, not a checkpoint",
-    "name a file of torch.save; torch.jit.load would run what this one holds",
-)
 
 
 def _is_safetensors(beginning: bytes) -> bool:
@@ -221,19 +203,19 @@ def _is_utf8(beginning: bytes) -> bool:
 
 def is_unfinished(name: str) -> bool:
     """Whether a file's name says that it is being written or downloaded, or was left when that was interrupted."""
-    return name.lower().endswith(UNFINISHED_SUFFIXES)
+    return name.lower().endswith(_UNFINISHED)
 
 
 # Folders
 
-NO_CHECKPOINT = "the folder holds none of the files of a checkpoint"
+_NO_CHECKPOINT = "the folder holds none of the files of a checkpoint"
 
 
 def content_of_folder(names: tuple[str, ...]) -> str:
     """What a folder with these names in it is, that holds no checkpoint which any reader knows."""
     present = set(names)
     if not names:
-        return f"{NO_CHECKPOINT}: it is empty"
+        return f"{_NO_CHECKPOINT}: it is empty"
     if any(re.search(r"(?:^|_)mp_rank_\d+|^zero_pp_rank_\d+|_(?:model|optim)_states\.pt$", n) for n in names) or (
         present & {"zero_to_fp32.py", "latest"} and any(re.fullmatch(r"checkpoint|global_step\d+", n) for n in names)
     ):
@@ -251,6 +233,6 @@ def content_of_folder(names: tuple[str, ...]) -> str:
         return "it is a torch file that was unpacked; use the file itself"
     checkpoints = [n for n in names if n.endswith(".ckpt") or re.fullmatch(r"checkpoint-\d+", n)]
     if checkpoints:
-        return f"{NO_CHECKPOINT} itself; name one of the {len(checkpoints):,} in it ({checkpoints[0]}, …)"
+        return f"{_NO_CHECKPOINT} itself; name one of the {len(checkpoints):,} in it ({checkpoints[0]}, …)"
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{NO_CHECKPOINT} (it holds {shown})"
+    return f"{_NO_CHECKPOINT} (it holds {shown})"
