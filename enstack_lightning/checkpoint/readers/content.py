@@ -140,7 +140,7 @@ def _torch_wrote(name: str) -> bool:
 
 def _content_of_zip(names: list[str]) -> Content:
     if any(name.partition("/")[2] == "constants.pkl" for name in names):
-        what = "a TorchScript archive, as torch.jit.save writes it: a program, not a checkpoint"
+        what = "a TorchScript archive, a program that torch.jit.save wrote"
         advice = "name a file of torch.save; torch.jit.load would run what this one holds"
         return Content(ContentKind.OTHER, what, advice)
     if not names or any(name.partition("/")[2] == "data.pkl" for name in names):
