@@ -14,7 +14,7 @@ from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts
 from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.content import is_unfinished
-from enstack_lightning.checkpoint.readers.shapes import misshapen
+from enstack_lightning.checkpoint.readers.shapes import misshapen, must_be, not_a_number, shown_value
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
@@ -71,22 +71,15 @@ def _add_state(facts: Facts, state: Mapping[str, Any], read_scalar: ScalarReader
 
 def _misshapen(state: Mapping[str, Any]) -> list[Defect]:
     """The defects of form in the entries that only EnStack writes."""
-    found = []
-    for key in METRICS:
-        value = state.get(key)
-        if value is not None and number(value) is None and not hasattr(value, "dtype"):
-            shown = f"{value!r:.40}" if isinstance(value, int | float | str) else f"of type {type(value).__name__}"
-            found.append(Defect(DefectKind.MISSHAPEN, key, f"{key} is {shown}, and must be a finite number"))
+    found = [(key, message) for key in METRICS for message in not_a_number(state.get(key), key)]
     batches = state.get("total_batches")
     if batches is not None and (whole(batches) is None or batches < 1):
-        shown = str(batches) if isinstance(batches, int) else f"of type {type(batches).__name__}"
-        message = f"total_batches is {shown}, and must be a whole number from 1 up"
-        found.append(Defect(DefectKind.MISSHAPEN, "total_batches", message))
+        message = f"total_batches is {shown_value(batches)}, and must be a whole number from 1 up"
+        found.append(("total_batches", message))
     scaler = state.get("scaler_state_dict")
     if scaler is not None and not isinstance(scaler, Mapping):
-        message = f"scaler_state_dict is of type {type(scaler).__name__}, and must be a dict"
-        found.append(Defect(DefectKind.MISSHAPEN, "scaler_state_dict", message))
-    return found
+        found.append(("scaler_state_dict", must_be("scaler_state_dict", scaler, "a dict")))
+    return [Defect(DefectKind.MISSHAPEN, key, message) for key, message in found]
 
 
 def _progress(state: Mapping[str, Any]) -> ProgressFacts:

@@ -28,7 +28,7 @@ def read_json_object(
     try:
         with location.open() as source:
             text = source.read_at(0, source.size).decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse if finite else None)
+        value = parse_json(text, finite)
     except (ContainerDefectError, UnicodeDecodeError, RecursionError, ValueError) as e:
         return None, size, Defect(DefectKind.DAMAGED, name, f"it is no valid JSON: {e}")
     except OSError as e:
@@ -37,6 +37,19 @@ def read_json_object(
         message = f"it holds a JSON {type(value).__name__} where an object is needed"
         return None, size, Defect(DefectKind.DAMAGED, name, message)
     return value, size, None
+
+
+def parse_json(text: str, finite: bool) -> Any:
+    """The value of a JSON text in which no object has a name twice.
+
+    Args:
+        finite: whether NaN and Infinity, which JSON does not know and Python writes, are refused.
+
+    Raises:
+        ValueError: it is no such text.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse if finite else None)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,39 +46,39 @@ def _each(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, object]]:
 
 def _in_optimizer(entry: object, where: str) -> Iterator[str]:
     if not isinstance(entry, Mapping):
-        yield _must_be(where, entry, "a dict")
+        yield must_be(where, entry, "a dict")
         return
     if not entry:
         return  # how Lightning writes `configure_optimizers` returning None
     groups, states = entry.get("param_groups"), entry.get("state")
     if not isinstance(groups, list):
-        yield _must_be(f"{where}.param_groups", groups, "a list")
+        yield must_be(f"{where}.param_groups", groups, "a list")
     for i, group in enumerate(groups if isinstance(groups, list) else ()):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             yield f"{where}.param_groups[{i}] has no list of params"
             continue
         for name in ("lr", "initial_lr"):
-            yield from _not_a_number(group.get(name), f"{where}.param_groups[{i}].{name}")
+            yield from not_a_number(group.get(name), f"{where}.param_groups[{i}].{name}")
     if not isinstance(states, Mapping):
-        yield _must_be(f"{where}.state", states, "a dict")
+        yield must_be(f"{where}.state", states, "a dict")
         return
     for key, state in states.items():
         if isinstance(state, Mapping) and "step" in state:
-            yield from _not_a_number(state["step"], f"{where}.state[{key!r:.20}].step", optional=False)
+            yield from not_a_number(state["step"], f"{where}.state[{key!r:.20}].step", optional=False)
 
 
 def _in_scheduler(entry: object, where: str) -> Iterator[str]:
     if not isinstance(entry, Mapping):
-        yield _must_be(where, entry, "a dict")
+        yield must_be(where, entry, "a dict")
         return
-    yield from _not_a_number(entry.get("last_epoch"), f"{where}.last_epoch")
+    yield from not_a_number(entry.get("last_epoch"), f"{where}.last_epoch")
     for name in ("_last_lr", "base_lrs"):
         value = entry.get(name)
         if isinstance(value, list | tuple):
             for i, rate in enumerate(value):
-                yield from _not_a_number(rate, f"{where}.{name}[{i}]", optional=False)
+                yield from not_a_number(rate, f"{where}.{name}[{i}]", optional=False)
         elif value is not None:
-            yield _must_be(f"{where}.{name}", value, "a list")
+            yield must_be(f"{where}.{name}", value, "a list")
 
 
 def _in_counters(value: object, where: str) -> Iterator[str]:
@@ -97,31 +97,38 @@ def _in_counters(value: object, where: str) -> Iterator[str]:
 
 def _in_counter(value: object, where: str) -> Iterable[str]:
     if not isinstance(value, Mapping):
-        return [_must_be(where, value, "a dict")]
+        return [must_be(where, value, "a dict")]
     return [said for name in _COUNTERS if name in value for said in _not_a_count(value[name], f"{where}.{name}", 0)]
 
 
 def _not_a_count(value: object, where: str, lowest: int) -> list[str]:
     if type(value) is int and lowest <= value < _INT64_LIMIT:
         return []
-    return [f"{where} is {_shown(value)}, and must be a whole number from 0 up"]
+    return [f"{where} is {shown_value(value)}, and must be a whole number from 0 up"]
 
 
-def _not_a_number(value: object, where: str, optional: bool = True) -> list[str]:
+def not_a_number(value: object, where: str, optional: bool = True) -> list[str]:
+    """What is wrong with a value that should be a finite number; nothing where it is one, or a tensor.
+
+    Args:
+        optional: whether it may be None.
+    """
     if hasattr(value, "dtype") or (value is None and optional):
         return []  # a tensor's value is told, or not, by whoever reads it
     if isinstance(value, float) and math.isfinite(value):
         return []
     if type(value) is int and -_INT64_LIMIT <= value < _INT64_LIMIT:
         return []
-    return [f"{where} is {_shown(value)}, and must be a finite number"]
+    return [f"{where} is {shown_value(value)}, and must be a finite number"]
 
 
-def _must_be(where: str, value: object, kind: str) -> str:
+def must_be(where: str, value: object, kind: str) -> str:
+    """The sentence on a value of the wrong type; `kind` is the right one, with its article."""
     return f"{where} is of type {type(value).__name__}, and must be {kind}"
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A value from a file as a message can hold it: a number or a short text as it is, of anything else the type."""
     if isinstance(value, int) and abs(value) >= _INT64_LIMIT:
         return f"an integer of {value.bit_length():,} bits"
     return f"{value!r:.40}" if isinstance(value, int | float | str | None) else f"of type {type(value).__name__}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.readers.shapes import shown_value
 from enstack_lightning.checkpoint.readers.states import number, whole
 
 _ENDLESS = 10**9
@@ -153,9 +154,9 @@ def misshapen_counters(state: Mapping[str, Any], where: str) -> Iterator[Defect]
     """The defects of form in the counters."""
     for name in _COUNTERS:
         value = state.get(name)
-        counter = whole(value)
-        if name in state and (counter is None or not -(2**63) <= counter < 2**63):
-            yield Defect(DefectKind.MISSHAPEN, name, f"{name} of {where} is {value!r:.40}, and must be a whole number")
+        if name in state and whole(value) is None:
+            message = f"{name} of {where} is {shown_value(value)}, and must be a whole number"
+            yield Defect(DefectKind.MISSHAPEN, name, message)
     if "epoch" in state and state["epoch"] is not None and number(state["epoch"]) is None:
-        message = f"epoch of {where} is {state['epoch']!r:.40}, and must be a finite number"
+        message = f"epoch of {where} is {shown_value(state['epoch'])}, and must be a finite number"
         yield Defect(DefectKind.MISSHAPEN, "epoch", message)
