@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,18 +11,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from enstack_lightning.checkpoint import (
     Facts,
+    Format,
     Options,
     Report,
     Severity,
-    Verdict,
-    failure_of,
     report_on,
     verify_checkpoint,
 )
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.choice import Fallback, choose, set_aside, what_it_costs, why_refused
 from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
 from enstack_lightning.guard.loader_position import restore_loader_position
+from enstack_lightning.guard.loading import (
+    Decision,
+    check_form,
+    guard_loading,
+    reads_formats_of_its_own,
+    stop_guarding_loading,
+)
+from enstack_lightning.guard.renamed import forget_renamed
 from enstack_lightning.guard.resume_report import resume_lines
 from enstack_lightning.guard.rng import capture_random_state, restore_random_state
 
@@ -48,6 +55,10 @@ class CheckpointGuard(Callback):
         lr_bounds: lowest and highest learning rate to go on with. Default: 1e-8 and twice the initial one.
         allow_globals: names (`module.Class`) of your own classes in the checkpoint that you vouch for. torch must be
             told too, with `torch.serialization.add_safe_globals` or `weights_only=False`.
+        fallback: what happens when the checkpoint to resume from must not be used. "none": the run ends. "previous":
+            the newest good checkpoint of the same folder is loaded, and what is damaged is renamed to `*.corrupt`;
+            a warning says which, why, and how many steps that costs. Evaluation never falls back: its figures would be
+            those of other weights.
 
     Attributes:
         report: the report on the last checkpoint judged; None before the first.
@@ -63,18 +74,23 @@ class CheckpointGuard(Callback):
         step_tolerance: int | None = None,
         lr_bounds: tuple[float, float] | None = None,
         allow_globals: list[str] | None = None,
+        fallback: Fallback = "none",
     ) -> None:
         super().__init__()
         if step_tolerance is not None and step_tolerance < 0:
             raise CheckpointGuardError(f"step_tolerance is {step_tolerance} and must be 0 or more")
         if lr_bounds is not None and not 0 <= lr_bounds[0] <= lr_bounds[1]:
             raise CheckpointGuardError(f"lr_bounds are {lr_bounds} and must be two numbers, the lower one first")
+        if fallback not in get_args(Fallback):
+            raise CheckpointGuardError(f"fallback is {fallback!r} and must be one of {', '.join(get_args(Fallback))}")
         self.strict = strict
+        self.fallback: Fallback = fallback
         self.report: Report | None = None
         self._options = Options(tolerance=step_tolerance, allow_globals=frozenset(allow_globals or ()))
         if lr_bounds is not None:
             self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
         self._loaded: Facts | None = None
+        self._decision = Decision(None)
         self._configured_lrs: tuple[float, ...] = ()
         self._run: dict[str, Any] = {}
         self._random_state: dict[str, Any] | None = None
@@ -88,22 +104,52 @@ class CheckpointGuard(Callback):
         if isinstance(inner, GuardedCheckpointIO):
             inner = inner.checkpoint_io
         trainer.strategy.checkpoint_io = GuardedCheckpointIO(inner, lambda path: self._verify_file(trainer, path))
+        self._decision = Decision(None)
+        guard_loading(trainer, lambda path: self._judge(trainer, path), self._accept)
+
+    def _judge(self, trainer: Trainer, asked: str) -> Decision:
+        """Which checkpoint is loaded; called on rank 0 only."""
+        fallback: Fallback = self.fallback if trainer.state.fn == TrainerFn.FITTING else "none"
+        if reads_formats_of_its_own(trainer.strategy):
+            report = self._verify(trainer, asked)
+            if report.facts.format is Format.UNKNOWN:
+                rank_zero_warn(f"CheckpointGuard cannot verify {asked}: its form is known only to what loads it")
+                return Decision(asked)
+        choice = choose(asked, lambda path: self._verify(trainer, path), fallback, self.strict)
+        check_form(trainer.strategy, choice.report)
+        if not choice.refused:
+            return Decision(choice.path, choice.report)
+        moved = set_aside(choice.refused)
+        rank_zero_warn(what_it_costs(choice, moved, self.strict))
+        return Decision(choice.path, choice.report, moved)
+
+    def _accept(self, decision: Decision) -> None:
+        self._decision = decision
+        self.report = decision.report or self.report
+
+    def _verify(self, trainer: Trainer, path: str) -> Report:
+        return verify_checkpoint(path, self._options_for(trainer))
 
     def _verify_file(self, trainer: Trainer, path: str) -> None:
-        if "://" in path or Path(path).is_dir():
-            rank_zero_warn(
-                f"CheckpointGuard cannot verify {path} before it is loaded: only local files are read so far"
-            )
-            return
-        self.report = verify_checkpoint(path, self._options_for(trainer))
-        self._stop_if_refused(self.report)
+        """For what is loaded past the Trainer's own way, by another callback or a plugin."""
+        if path != self._decision.path:
+            self.report = self._verify(trainer, path)
+            self._stop_if_refused(self.report)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stop_guarding_loading(trainer)
 
     # After loading
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         path = str(trainer.ckpt_path)
-        loaded = loaded_facts(checkpoint, path)
-        self._stop_if_refused(report_on(lambda: loaded, path, self._options_for(trainer)))
+        judged = self._decision.report
+        if judged is not None and judged.facts.format is Format.SHARDED:
+            loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
+        else:
+            loaded = loaded_facts(checkpoint, path)
+            self._stop_if_refused(report_on(lambda: loaded, path, self._options_for(trainer)))
+        forget_renamed(checkpoint, self._decision.set_aside)
         if trainer.state.fn == TrainerFn.FITTING:
             self._loaded = loaded
 
@@ -153,8 +199,5 @@ class CheckpointGuard(Callback):
         return self._options if fitting else dataclasses.replace(self._options, purpose="inference")
 
     def _stop_if_refused(self, report: Report) -> None:
-        if report.verdict is Verdict.FAIL:
-            raise CheckpointGuardError(str(failure_of(report)))
         if not report.accepted(self.strict):
-            warnings = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.WARNING))
-            raise CheckpointGuardError(f"checkpoint {report.path} has warnings, and strict is set: {warnings}")
+            raise CheckpointGuardError(why_refused(report, self.strict))

@@ -16,7 +16,6 @@ from builders import (
     BATCHES,
     TinyModule,
     edited,
-    enstack_folder,
     every_epoch,
     every_step,
     flip_bit,
@@ -111,12 +110,6 @@ def test_weights_alone_are_enough_to_evaluate_and_not_to_resume(tmp_path: Path) 
     quiet_trainer(tmp_path, CheckpointGuard()).validate(BoringModel(), ckpt_path=tmp_path / "w.ckpt", verbose=False)
     with pytest.raises(CheckpointGuardError, match="weights only"):
         quiet_trainer(tmp_path, CheckpointGuard()).fit(BoringModel(), ckpt_path=tmp_path / "w.ckpt")
-
-
-def test_a_folder_is_passed_on_with_a_warning(tmp_path: Path) -> None:
-    folder = enstack_folder(tmp_path / "c")
-    with pytest.warns(UserWarning, match="cannot verify"), pytest.raises(Exception, match="irectory"):
-        resume(folder, tmp_path)
 
 
 # After loading

@@ -1,0 +1,225 @@
+"""Which checkpoint is loaded: the one asked for, the newest good one beside it, or none.
+
+Paths or URLs come in with a function that verifies one; what goes out is the checkpoint to load, with all that was
+refused on the way. Only `set_aside` changes anything on disk, and it renames.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from enstack_lightning.checkpoint import Report, Severity, Verdict, failure_of, newest_good
+from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, locate
+from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX, ManifestDefectError, read_manifest
+from enstack_lightning.checkpoint.readers.content import is_unfinished
+from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, natural_order
+from enstack_lightning.checkpoint.source import object_store
+from enstack_lightning.errors import CheckpointError, CheckpointGuardError
+
+Fallback = Literal["none", "previous"]
+Verify = Callable[[str], Report]
+
+_NOT_DAMAGE = ("CK100", "CK106", "CK205", "CK7", "CK9")
+"""Errors of a checkpoint that may be whole: unreadable just now, made for something else, or not vouched for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to load.
+
+    Attributes:
+        path: its path or URL.
+        report: the report on it.
+        asked: the path that was asked for.
+        refused: the reports on the checkpoints that must not be used, that on the one asked for first.
+    """
+
+    path: str
+    report: Report
+    asked: str
+    refused: tuple[Report, ...] = ()
+
+
+def choose(path: str, verify: Verify, fallback: Fallback = "none", strict: bool = False) -> Choice:
+    """The checkpoint at `path` if it may be used, else with `fallback="previous"` the newest good one of its folder.
+
+    Raises:
+        CheckpointGuardError: neither may be used; the message says why, for each that was tried.
+    """
+    asked = verify(path)
+    if asked.accepted(strict):
+        return Choice(path, asked, path)
+    if fallback == "none":
+        raise CheckpointGuardError(why_refused(asked, strict))
+    others = [verify(other) for other in checkpoints_beside(path)]
+    refused = (asked, *(report for report in others if not report.accepted(strict)))
+    good = newest_good(report for report in others if report.accepted(strict))
+    if good is None:
+        folder = _parent(locate(path))
+        raise CheckpointGuardError(f"no checkpoint in {folder} can be resumed from. Tried: {_listed(refused, strict)}")
+    return Choice(good.path, good, path, refused)
+
+
+def choose_newest(folders: Iterable[str | os.PathLike[str]], verify: Verify, strict: bool = False) -> Report | None:
+    """The report on the newest good checkpoint that stands directly in one of `folders`; None where there is none yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them can be resumed from.
+    """
+    places = [locate(folder) for folder in dict.fromkeys(os.fspath(folder) for folder in folders)]
+    reports = [verify(path) for place in places for path in _checkpoints_in(place)]
+    good = newest_good(report for report in reports if report.accepted(strict))
+    aside = [str(place.child(name)) for place in places for name in _names(place) if _is_set_aside(name)]
+    if good is None and (reports or aside):
+        tried = [_listed(reports, strict)] if reports else []
+        tried += [f"{path} was set aside" for path in aside]
+        raise CheckpointError(
+            f"no checkpoint in {', '.join(map(str, places))} can be resumed from. Tried: {'; '.join(tried)}. "
+            "Name another checkpoint, or move these away to start anew."
+        )
+    return good
+
+
+def checkpoints_beside(path: str) -> list[str]:
+    """The other checkpoints in the folder that `path` stands in: what is named `.ckpt`, and is not being written."""
+    return [other for other in _checkpoints_in(_parent(locate(path))) if other != str(locate(path))]
+
+
+def set_aside(reports: Iterable[Report]) -> dict[str, str]:
+    """Renames what is damaged to `*.corrupt`, with its manifest; nothing is deleted.
+
+    A link to a checkpoint that is renamed too leads to its new name. What cannot be renamed stays where it is, and so
+    does a checkpoint that may be whole: one of weights only, one with classes nobody vouches for.
+
+    Returns:
+        The new path of each that was renamed, by the old one.
+    """
+    moved: dict[str, str] = {}
+    damaged = [locate(r.path) for r in reports if _is_damaged(r)]
+    for place in sorted(damaged, key=_is_link):
+        try:
+            if place.exists():
+                moved[str(place)] = _renamed(place, moved)
+        except OSError:
+            continue  # a folder that cannot be written to must not keep the run from the good checkpoint
+    return moved
+
+
+def why_refused(report: Report, strict: bool) -> str:
+    """The sentence that says why a checkpoint must not be used."""
+    if report.verdict is Verdict.FAIL:
+        return str(failure_of(report))
+    warnings = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.WARNING))
+    return f"checkpoint {report.path} has warnings, and strict is set: {warnings}"
+
+
+def what_it_costs(choice: Choice, moved: dict[str, str], strict: bool) -> str:
+    """Which checkpoint is loaded instead of which, why, how many steps that costs, and what was renamed."""
+    lost, kept = _steps(choice.refused[0]), _steps(choice.report)
+    cost = f"It stands at step {kept:,}" if kept is not None else "It does not say at which step it stands"
+    if lost is None or kept is None:
+        cost += "; how many steps that costs cannot be told, because the other's counters cannot be read"
+    elif lost >= kept:
+        cost += f", which costs {lost - kept:,} of {lost:,} steps"
+    else:
+        cost += f", {kept - lost:,} steps after the other"
+    renamed = "; ".join(f"{old} is now {new}" for old, new in moved.items()) or "nothing was renamed"
+    return (
+        f"CheckpointGuard: loading {choice.path} instead of {choice.asked}. {cost}. "
+        f"Refused: {_listed(choice.refused, strict)}. Set aside: {renamed}."
+    )
+
+
+def _checkpoints_in(folder: Location) -> list[str]:
+    names = [n for n in _names(folder) if n.endswith(".ckpt") and not n.startswith(".") and not is_unfinished(n)]
+    return [str(folder.child(name)) for name in sorted(names, key=natural_order)]
+
+
+def _names(folder: Location) -> tuple[str, ...]:
+    try:
+        return folder.names()
+    except FileNotFoundError:
+        return ()
+    except OSError as e:
+        raise CheckpointError(f"folder {folder} cannot be listed: {e.strerror or e}") from e
+
+
+def _is_set_aside(name: str) -> bool:
+    return name.endswith(CORRUPT_SUFFIX)
+
+
+def _parent(place: Location) -> Location:
+    if isinstance(place, RemoteLocation):
+        return RemoteLocation(
+            place.url.rstrip("/").rpartition("/")[0], place.filesystem, place.path.rstrip("/").rpartition("/")[0]
+        )
+    assert isinstance(place, LocalLocation)
+    return LocalLocation(place.path.parent)
+
+
+def _listed(reports: Sequence[Report], strict: bool) -> str:
+    return "; ".join(f"({i}) {why_refused(report, strict)}" for i, report in enumerate(reports, start=1))
+
+
+def _is_damaged(report: Report) -> bool:
+    errors = report.of(Severity.ERROR)
+    return bool(errors) and not any(f.code.startswith(_NOT_DAMAGE) for f in errors)
+
+
+def _is_link(place: Location) -> bool:
+    return isinstance(place, LocalLocation) and place.path.is_symlink()
+
+
+def _renamed(place: Location, moved: dict[str, str]) -> str:
+    folder = _parent(place)
+    target = _free_name(place, folder)
+    if isinstance(place, LocalLocation):
+        new = folder.child(target)
+        assert isinstance(new, LocalLocation)
+        leads_to = str(place.path.parent / place.path.readlink()) if place.path.is_symlink() else ""
+        if leads_to in moved:
+            new.path.symlink_to(os.path.relpath(moved[leads_to], new.path.parent))
+            place.path.unlink()
+        else:
+            place.path.rename(new.path)
+        manifest = place.path.with_name(place.name + MANIFEST_SUFFIX)
+        if manifest.is_file():
+            manifest.rename(new.path.with_name(target + MANIFEST_SUFFIX))
+    elif isinstance(place, RemoteLocation):
+        files = place.filesystem
+        with object_store():
+            files.mv(place.path, _sibling(place, target), recursive=place.is_folder())
+            if files.isfile(_sibling(place, place.name + MANIFEST_SUFFIX)):
+                files.mv(_sibling(place, place.name + MANIFEST_SUFFIX), _sibling(place, target + MANIFEST_SUFFIX))
+    return str(folder.child(target))
+
+
+def _sibling(place: RemoteLocation, name: str) -> str:
+    return f"{place.path.rstrip('/').rpartition('/')[0]}/{name}"
+
+
+def _free_name(place: Location, folder: Location) -> str:
+    """`NAME.corrupt`, or `NAME.2.corrupt` and so on where that is taken."""
+    name, number = f"{place.name}{CORRUPT_SUFFIX}", 1
+    while folder.child(name).exists():
+        number += 1
+        name = f"{place.name}.{number}{CORRUPT_SUFFIX}"
+    return name
+
+
+def _steps(report: Report) -> int | None:
+    """Steps that a checkpoint stands for: by its counters, else by its manifest, else by its name."""
+    if report.facts.progress.global_step is not None:
+        return report.facts.progress.global_step
+    place = locate(report.path)
+    try:
+        of_manifest = read_manifest(_parent(place).child(place.name + MANIFEST_SUFFIX)).global_step
+    except (ManifestDefectError, OSError):
+        of_manifest = None
+    named = re.search(r"(?:^|\W)step=(\d{1,15})(?!\d)", Path(report.path).name)
+    return of_manifest if of_manifest is not None else int(named[1]) if named else None

@@ -1,0 +1,177 @@
+"""The moment before a Trainer loads a checkpoint: rank 0 judges the path, and every rank acts on its decision.
+
+Lightning hands each path that it is about to load, wherever it came from, to `_CheckpointConnector.resume_start`, on
+every rank and with every strategy: those that shard do not ask their CheckpointIO.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+
+from enstack_lightning.checkpoint import Format, Report
+from enstack_lightning.checkpoint.location import Location, locate
+from enstack_lightning.errors import CheckpointError, CheckpointGuardError
+
+_ENDS = 256 * 2**10
+"""Bytes of a file's end that ranks compare: a torch file has its directory there, with every record's checksum."""
+
+Contents = dict[str, str]
+"""What a rank sees at a path: for each file its size and the digest of its two ends."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 came to.
+
+    Attributes:
+        path: the path to load; None for a fresh start.
+        report: the report on it.
+        set_aside: the checkpoints that were renamed, old path to new.
+    """
+
+    path: str | None
+    report: Report | None = None
+    set_aside: dict[str, str] = field(default_factory=dict)
+
+
+Judge = Callable[[str], Decision]
+
+
+class GuardedResume:
+    """Stands in for `resume_start` of a Trainer's checkpoint connector.
+
+    Args:
+        trainer: the Trainer.
+        judge: called on rank 0 with the path to be loaded; raises to refuse it, or says which to load.
+        accept: called on every rank with the decision, before anything is loaded.
+    """
+
+    def __init__(self, trainer: Trainer, judge: Judge, accept: Callable[[Decision], None]) -> None:
+        self.trainer = trainer
+        self.judge = judge
+        self.accept = accept
+
+    def __call__(self, checkpoint_path: str | Path | None = None, *args: Any, **kwargs: Any) -> None:
+        asked = os.fspath(checkpoint_path) if checkpoint_path else None
+        decision = judged_on_rank_zero(self.trainer, asked, self.judge)
+        self.accept(decision)
+        path = checkpoint_path if decision.path == asked else decision.path
+        connector = self.trainer._checkpoint_connector
+        type(connector).resume_start(connector, path, *args, **kwargs)
+
+
+def guard_loading(trainer: Trainer, judge: Judge, accept: Callable[[Decision], None]) -> None:
+    """Lets `judge` see each path before the Trainer loads it; a guard that was put there before is replaced."""
+    trainer._checkpoint_connector.resume_start = GuardedResume(trainer, judge, accept)  # type: ignore[method-assign]
+
+
+def stop_guarding_loading(trainer: Trainer) -> None:
+    """Gives the Trainer its own `resume_start` back."""
+    vars(trainer._checkpoint_connector).pop("resume_start", None)
+
+
+def reads_formats_of_its_own(strategy: Strategy) -> bool:
+    """Whether a strategy or its CheckpointIO loads what the checkpoint core need not know."""
+    return isinstance(strategy, DeepSpeedStrategy) or not isinstance(_innermost(strategy), TorchCheckpointIO)
+
+
+def check_form(strategy: Strategy, report: Report) -> None:
+    """Refuses a good checkpoint of a form that this Trainer cannot load: it would end in an error about something else.
+
+    Raises:
+        CheckpointGuardError: the Trainer loads Lightning files only, and this is none.
+    """
+    files_only = type(strategy).load_checkpoint is Strategy.load_checkpoint
+    if report.facts.format is Format.LIGHTNING or not files_only or type(_innermost(strategy)) is not TorchCheckpointIO:
+        return
+    sharded = report.facts.format is Format.SHARDED
+    hint = "Load it with the strategy that saved it" if sharded else "Name the .ckpt file that a Trainer saved"
+    raise CheckpointGuardError(
+        f"checkpoint {report.path} is of the form {report.facts.format!s}, and {type(strategy).__name__} loads "
+        f"Lightning .ckpt files only. {hint}."
+    )
+
+
+def _innermost(strategy: Strategy) -> CheckpointIO:
+    found: CheckpointIO = strategy.checkpoint_io
+    while isinstance(inner := getattr(found, "checkpoint_io", None), CheckpointIO):
+        found = inner
+    return found
+
+
+def judged_on_rank_zero(trainer: Trainer, asked: str | None, judge: Judge) -> Decision:
+    """Rank 0's decision, the same on every rank, on files that every rank sees alike.
+
+    Whatever goes wrong on rank 0 is raised on every rank, so that none waits for the others.
+
+    Raises:
+        CheckpointGuardError: the checkpoint is refused, or another rank sees something else at its path.
+    """
+    if trainer.world_size == 1:
+        return judge(asked) if asked is not None else Decision(None)
+    failure: Exception | None = None
+    said: tuple[Decision, Contents] | str = ""
+    if trainer.is_global_zero:
+        try:
+            decision = judge(asked) if asked is not None else Decision(None)
+            said = decision, contents(decision.path)
+        except Exception as e:
+            failure, said = e, str(e) or type(e).__name__
+    said = trainer.strategy.broadcast(said)
+    if isinstance(said, str):
+        raise failure or CheckpointGuardError(said)
+    decision, expected = said
+    _check_that_all_see(trainer, decision, expected)
+    return decision
+
+
+def contents(path: str | None) -> Contents:
+    """What stands at a path, by sizes and ends of files; never raises."""
+    if path is None:
+        return {}
+    try:
+        place = locate(path)
+        files = {name: place.child(name) for name in place.names()} if place.is_folder() else {place.name: place}
+        return {name: _ends(file) for name, file in files.items() if not file.is_folder()}
+    except (OSError, CheckpointError) as e:
+        return {path: f"unreadable ({e})"}
+
+
+def _ends(file: Location) -> str:
+    defect, size = file.check_file(file.name)
+    if defect is not None:
+        return defect.message
+    try:
+        with file.open() as source:
+            start = max(0, size - _ENDS)
+            ends = bytes(source.read_at(0, min(size, 4096))) + bytes(source.read_at(start, size - start))
+    except (OSError, ValueError) as e:
+        return f"{size:,} bytes, unreadable ({e})"
+    return f"{size:,} bytes with digest {hashlib.blake2b(ends, digest_size=4).hexdigest()}"
+
+
+def _check_that_all_see(trainer: Trainer, decision: Decision, expected: Contents) -> None:
+    seen = contents(decision.path)
+    if trainer.strategy.reduce_boolean_decision(seen == expected):
+        return
+    of_all: list[Contents] = [trainer.strategy.broadcast(seen, src=rank) for rank in range(trainer.world_size)]
+    differences = [
+        f"rank {rank} sees {name}: {found.get(name, 'it is missing')}; rank 0: {expected.get(name, 'it is missing')}"
+        for rank, found in enumerate(of_all)
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    more = f"; and {len(differences) - 3:,} more" if len(differences) > 3 else ""
+    raise CheckpointGuardError(
+        f"checkpoint {decision.path} is not the same on every rank: {'; '.join(differences[:3])}{more}. "
+        "Put it where all processes read the same files, or copy it to every node."
+    )

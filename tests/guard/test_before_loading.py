@@ -1,0 +1,379 @@
+"""What a Trainer is about to load: verified wherever it came from, and what is loaded instead when it is bad."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from builders import TinyModule, edited, enstack_folder, every_step, flip_bit, quiet_trainer, truncate
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+
+from enstack_lightning import CheckpointGuard, CheckpointGuardError
+from enstack_lightning.checkpoint.manifest import write_manifest
+
+ENTRY_POINTS = ("fit", "validate", "test", "predict")
+
+
+class Evaluated(TinyModule):
+    def validation_step(self, batch: list[torch.Tensor]) -> None:
+        self.layer(batch[0])
+
+    test_step = predict_step = validation_step
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The calls of torch.load."""
+    called: list[object] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: called.append(a) or load(*a, **k))
+    return called
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A folder with the checkpoints of steps 3, 5 and 7."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (3, 5, 7):
+        shutil.copy(trained / f"step={step}.ckpt", folder)
+    return folder
+
+
+def cut(path: Path) -> Path:
+    truncate(path, path.stat().st_size // 2)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+class Paths(Callback):
+    """The path that the Trainer reports once it has loaded."""
+
+    path: object = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path = trainer.ckpt_path
+
+
+def resume(path: Path | str, folder: Path, guard: CheckpointGuard, *others: Callback, **options: Any) -> TinyModule:
+    module = TinyModule()
+    quiet_trainer(folder, guard, *others, **options).fit(module, ckpt_path=path)
+    return module
+
+
+# Wherever the path comes from
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+@pytest.mark.parametrize("as_url", [False, True], ids=["path", "url"])
+def test_a_bad_file_is_refused_by_path_and_by_url(
+    entry_point: str, as_url: bool, run: Path, tmp_path: Path, loads: list[object]
+) -> None:
+    path = str(cut(run / "step=7.ckpt"))
+    if as_url:
+        path = f"memory://before/{entry_point}.ckpt"
+        fsspec.filesystem("memory").pipe(path, (run / "step=7.ckpt").read_bytes())
+    with pytest.raises(CheckpointGuardError, match=rf"{path} must not be used: CK104"):
+        getattr(quiet_trainer(tmp_path, CheckpointGuard()), entry_point)(Evaluated(), ckpt_path=path)
+    assert not loads
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_a_good_url_is_verified_and_loaded(entry_point: str, trained: Path, tmp_path: Path) -> None:
+    path = f"memory://good/{entry_point}.ckpt"
+    fsspec.filesystem("memory").pipe(path, (trained / "step=7.ckpt").read_bytes())
+    guard = CheckpointGuard()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*CheckpointGuard.*")
+        getattr(quiet_trainer(tmp_path, guard), entry_point)(Evaluated(), ckpt_path=path)
+    assert guard.report is not None
+    assert guard.report.path == path
+    assert guard.report.options.purpose == ("resume" if entry_point == "fit" else "inference")
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_names_of_lightning_are_verified(name: str, tmp_path: Path, loads: list[object]) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", save_last=True)
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), saves, max_epochs=1)
+    trainer.fit(TinyModule())
+    flip_bit(Path(saves.last_model_path if name == "last" else saves.best_model_path), 5_000)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(CheckpointGuardError, match="CK105"):
+        trainer.fit(TinyModule(), ckpt_path=name)
+    assert not loads
+
+
+def test_a_checkpoint_of_slurm_is_verified(trained: Path, tmp_path: Path, loads: list[object]) -> None:
+    cut(Path(shutil.copy(trained / "step=7.ckpt", tmp_path / "hpc_ckpt_1.ckpt")))
+    with pytest.raises(CheckpointGuardError, match=r"hpc_ckpt_1\.ckpt must not be used: CK104"):
+        resume("hpc", tmp_path, CheckpointGuard())
+    assert not loads
+
+
+def test_a_link_is_verified_by_what_it_leads_to(run: Path, tmp_path: Path, loads: list[object]) -> None:
+    cut(run / "step=7.ckpt")
+    (tmp_path / "link.ckpt").symlink_to(run / "step=7.ckpt")
+    with pytest.raises(CheckpointGuardError, match=r"link\.ckpt must not be used: CK104"):
+        resume(tmp_path / "link.ckpt", tmp_path, CheckpointGuard())
+    assert not loads
+
+
+def test_a_folder_that_this_trainer_cannot_load_is_called_by_its_form(tmp_path: Path) -> None:
+    folder = enstack_folder(tmp_path / "c")
+    with pytest.raises(CheckpointGuardError, match=r"of the form enstack, and SingleDeviceStrategy loads Lightning"):
+        resume(folder, tmp_path, CheckpointGuard())
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointGuardError, match="CK101"):
+        resume(folder, tmp_path, CheckpointGuard())
+
+
+def test_it_verifies_under_an_asynchronous_plugin(run: Path, tmp_path: Path, loads: list[object]) -> None:
+    with pytest.raises(CheckpointGuardError, match="CK104"):
+        resume(cut(run / "step=7.ckpt"), tmp_path, CheckpointGuard(), plugins=[AsyncCheckpointIO()])
+    assert not loads
+    resume(run / "step=5.ckpt", tmp_path, CheckpointGuard(), plugins=[AsyncCheckpointIO()])
+
+
+class Scrambled(CheckpointIO):
+    """A plugin with a form of its own: a torch file, every byte of it inverted."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        raise NotImplementedError
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        plain = Path(path).with_suffix(".plain")
+        plain.write_bytes(bytes(255 - b for b in Path(path).read_bytes()))
+        return TorchCheckpointIO().load_checkpoint(plain)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError
+
+
+def test_the_form_of_a_plugin_is_left_to_it(run: Path, tmp_path: Path) -> None:
+    path = run / "step=7.ckpt"
+    path.write_bytes(bytes(255 - b for b in path.read_bytes()))
+    with pytest.warns(UserWarning, match=r"cannot verify .*step=7\.ckpt: its form is known only to what loads it"):
+        resume(path, tmp_path, CheckpointGuard(), plugins=[Scrambled()])
+
+
+def test_what_other_callbacks_load_is_verified_too(run: Path, tmp_path: Path) -> None:
+    bad = cut(run / "step=7.ckpt")
+
+    class Peeks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.strategy.checkpoint_io.load_checkpoint(bad)
+
+    with pytest.raises(CheckpointGuardError, match="CK104"):
+        resume(run / "step=5.ckpt", tmp_path, CheckpointGuard(), Peeks())
+
+
+def test_a_trainer_is_given_back_as_it_was(run: Path, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2)
+    before = trainer._checkpoint_connector.resume_start
+    trainer.fit(TinyModule(), ckpt_path=run / "step=5.ckpt")
+    assert trainer._checkpoint_connector.resume_start == before
+    with pytest.raises(CheckpointGuardError, match="CK104"):
+        trainer.fit(TinyModule(), ckpt_path=cut(run / "step=7.ckpt"))
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(TinyModule(), ckpt_path=run / "step=5.ckpt")
+    assert trainer.global_step == 15
+
+
+# Falling back
+
+
+def fallback(**options: Any) -> CheckpointGuard:
+    return CheckpointGuard(fallback="previous", **options)
+
+
+def test_without_a_fallback_nothing_is_renamed(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointGuardError, match=r"step=7\.ckpt must not be used: CK104"):
+        resume(cut(run / "step=7.ckpt"), tmp_path, CheckpointGuard())
+    assert names(run) == ["step=3.ckpt", "step=5.ckpt", "step=7.ckpt"]
+
+
+def test_the_newest_good_one_is_loaded_and_the_bad_one_set_aside(run: Path, tmp_path: Path) -> None:
+    write_manifest(run / "step=7.ckpt", global_step=7)
+    before = cut(run / "step=7.ckpt").read_bytes()
+    guard, paths = fallback(), Paths()
+    with pytest.warns(UserWarning, match="CheckpointGuard: loading") as warned:
+        module = resume(run / "step=7.ckpt", tmp_path, guard, paths)
+    assert len(module.losses) == 10
+    (said,) = [str(w.message) for w in warned if "CheckpointGuard: loading" in str(w.message)]
+    assert f"loading {run / 'step=5.ckpt'} instead of {run / 'step=7.ckpt'}" in said
+    assert "stands at step 5, which costs 2 of 7 steps" in said
+    assert "CK104" in said
+    assert f"{run / 'step=7.ckpt'} is now {run / 'step=7.ckpt.corrupt'}" in said
+    assert (run / "step=7.ckpt.corrupt").read_bytes() == before
+    assert names(run) == [
+        "step=3.ckpt", "step=5.ckpt", "step=7.ckpt.corrupt", "step=7.ckpt.corrupt.manifest.json",
+    ]  # fmt: skip
+    assert guard.report is not None
+    assert guard.report.path == str(paths.path) == str(run / "step=5.ckpt")
+
+
+def test_the_run_after_a_fallback_is_the_one_that_stopped_there(run: Path, tmp_path: Path) -> None:
+    whole = resume(run / "step=5.ckpt", tmp_path, CheckpointGuard())
+    fallen = resume(cut(run / "step=7.ckpt"), tmp_path, fallback())
+    assert fallen.losses == whole.losses
+
+
+def test_a_second_bad_file_of_that_name_is_numbered(trained: Path, run: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        shutil.copy(trained / "step=7.ckpt", run)
+        resume(cut(run / "step=7.ckpt"), tmp_path, fallback())
+    assert names(run)[2:] == ["step=7.ckpt.2.corrupt", "step=7.ckpt.3.corrupt", "step=7.ckpt.corrupt"]
+
+
+def test_every_damaged_one_on_the_way_is_set_aside(run: Path, tmp_path: Path) -> None:
+    cut(run / "step=5.ckpt")
+    with pytest.warns(UserWarning, match=r"which costs 4 of 7 steps.*\(1\).*step=7.*\(2\).*step=5"):
+        resume(cut(run / "step=7.ckpt"), tmp_path, fallback())
+    assert names(run) == ["step=3.ckpt", "step=5.ckpt.corrupt", "step=7.ckpt.corrupt"]
+
+
+def test_none_good_ends_the_run_with_what_was_tried_and_renames_nothing(
+    run: Path, tmp_path: Path, loads: list[object]
+) -> None:
+    for path in run.iterdir():
+        cut(path)
+    before = names(run)
+    with pytest.raises(CheckpointGuardError) as ended:
+        resume(run / "step=7.ckpt", tmp_path, fallback())
+    assert re.search(r"no checkpoint in .*Tried: \(1\).*step=7.*\(2\).*step=3.*\(3\).*step=5", str(ended.value))
+    assert names(run) == before
+    assert not loads
+
+
+def test_a_missing_one_falls_back_too(run: Path, tmp_path: Path) -> None:
+    """The same command line again, after the file that it names was set aside."""
+    with pytest.warns(UserWarning, match=r"instead of .*step=9\.ckpt. It stands at step 7, which costs 2 of 9 steps"):
+        resume(run / "step=9.ckpt", tmp_path, fallback())
+    with pytest.raises(CheckpointGuardError, match="no checkpoint in"):
+        resume(tmp_path / "nowhere" / "c.ckpt", tmp_path, fallback())
+
+
+def test_steps_that_nothing_tells_are_not_invented(run: Path, tmp_path: Path) -> None:
+    cut((run / "step=7.ckpt").rename(run / "last.ckpt"))
+    with pytest.warns(UserWarning, match="stands at step 5; how many steps that costs cannot be told"):
+        resume(run / "last.ckpt", tmp_path, fallback())
+
+
+def test_a_link_and_what_it_leads_to_are_set_aside_together(run: Path, tmp_path: Path) -> None:
+    (run / "last.ckpt").symlink_to("step=7.ckpt")
+    cut(run / "step=7.ckpt")
+    resume(run / "last.ckpt", tmp_path, fallback())
+    assert names(run) == ["last.ckpt.corrupt", "step=3.ckpt", "step=5.ckpt", "step=7.ckpt.corrupt"]
+    assert (run / "last.ckpt.corrupt").resolve() == (run / "step=7.ckpt.corrupt").resolve()
+
+
+def test_what_a_link_leads_to_elsewhere_stays_there(run: Path, tmp_path: Path) -> None:
+    elsewhere = cut((run / "step=7.ckpt").rename(tmp_path / "shared.ckpt"))
+    (run / "last.ckpt").symlink_to(elsewhere)
+    resume(run / "last.ckpt", tmp_path, fallback())
+    assert elsewhere.exists()
+    assert (run / "last.ckpt.corrupt").resolve() == elsewhere.resolve()
+
+
+def test_a_whole_checkpoint_that_cannot_be_resumed_from_keeps_its_name(run: Path, tmp_path: Path) -> None:
+    saves = ModelCheckpoint(run, filename="weights", save_weights_only=True)
+    quiet_trainer(tmp_path, saves, max_epochs=1).fit(TinyModule())
+    with pytest.warns(UserWarning, match=r"weights only.*Set aside: nothing was renamed"):
+        resume(run / "weights.ckpt", tmp_path, fallback())
+    assert (run / "weights.ckpt").exists()
+
+
+def test_strict_falls_back_from_warnings(trained: Path, run: Path, tmp_path: Path) -> None:
+    def behind(checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint["optimizer_states"][0]["state"].values():
+            state["step"] = torch.tensor(6.0)
+
+    edited(trained / "step=7.ckpt", run / "step=7.ckpt", behind)
+    with pytest.warns(UserWarning, match=r"loading .*step=5\.ckpt instead of .*strict is set: CK401"):
+        resume(run / "step=7.ckpt", tmp_path, fallback(strict=True))
+    assert (run / "step=7.ckpt").exists()
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS[1:])
+def test_evaluation_never_falls_back_to_other_weights(entry_point: str, run: Path, tmp_path: Path) -> None:
+    path = cut(run / "step=7.ckpt")
+    with pytest.raises(CheckpointGuardError, match=r"step=7\.ckpt must not be used"):
+        getattr(quiet_trainer(tmp_path, fallback()), entry_point)(Evaluated(), ckpt_path=path)
+    assert path.exists()
+
+
+def test_it_falls_back_behind_a_url(trained: Path, tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for step in (5, 7):
+        data = (trained / f"step={step}.ckpt").read_bytes()
+        files.pipe(f"memory://fallback/step={step}.ckpt", data if step == 5 else data[:3_000])
+    files.pipe("memory://fallback/step=7.ckpt.manifest.json", b"{}")
+    paths = Paths()
+    with pytest.warns(UserWarning, match=r"memory://fallback/step=7\.ckpt is now memory://fallback/step=7\.ckpt\.corr"):
+        resume("memory://fallback/step=7.ckpt", tmp_path, fallback(), paths)
+    assert paths.path == "memory://fallback/step=5.ckpt"
+    assert sorted(Path(p).name for p in files.ls("memory://fallback", detail=False)) == [
+        "step=5.ckpt", "step=7.ckpt.corrupt", "step=7.ckpt.corrupt.manifest.json",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_keep_the_run_from_the_good_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.warns(UserWarning, match="Set aside: nothing was renamed"):
+        resume(cut(run / "step=7.ckpt"), tmp_path, fallback())
+    assert names(run) == ["step=3.ckpt", "step=5.ckpt", "step=7.ckpt"]
+
+
+class Scored(TinyModule):
+    """Its score is best after the first epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", 1.0 / (1 + self.current_epoch))
+
+
+def scored(folder: Path, epochs: int, resume_from: Path | None = None, keep: int = 1) -> ModelCheckpoint:
+    best = ModelCheckpoint(
+        folder, filename="best-{epoch}", monitor="score", mode="max", save_top_k=keep, save_last=True
+    )
+    trainer = quiet_trainer(folder, fallback(), best, every_step(folder), max_epochs=epochs)
+    trainer.fit(Scored(), ckpt_path=resume_from)
+    return best
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_best_checkpoint_that_was_set_aside_is_forgotten(keep: int, tmp_path: Path) -> None:
+    best = scored(tmp_path, epochs=2, keep=keep)
+    assert Path(best.best_model_path).name == "best-epoch=0.ckpt"
+    cut(tmp_path / "best-epoch=0.ckpt")
+    cut(tmp_path / "last.ckpt")
+    best = scored(tmp_path, epochs=3, resume_from=tmp_path / "last.ckpt", keep=keep)
+    assert Path(best.best_model_path).name == ("best-epoch=2.ckpt" if keep == 1 else "best-epoch=1.ckpt")
+    assert Path(best.best_model_path).exists()
+    assert Path(best.last_model_path).exists()
+    assert {"best-epoch=0.ckpt.corrupt", "last.ckpt.corrupt"} <= set(names(tmp_path))
+
+
+def test_a_fallback_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(CheckpointGuardError, match="must be one of none, previous"):
+        CheckpointGuard(fallback="newest")  # type: ignore[arg-type]
