@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, ValueFacts
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
 from enstack_lightning.checkpoint.number_formats import ByteOrder
-from enstack_lightning.checkpoint.source import ContainerDefectError, Source, _merged
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source, joined
 from enstack_lightning.checkpoint.tensor_values import CHUNK_BYTES, Budget, SpanValues, Unsearched
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class _Window:
 
     def __init__(self, source: Source, spans: Sequence[Span]) -> None:
         self._source = source
-        self._runs = _merged((span.offset, span.offset + span.size) for span in spans if span.size)
+        self._runs = joined((span.offset, span.offset + span.size) for span in spans if span.size)
         self._start = 0
         self._data = b""
 

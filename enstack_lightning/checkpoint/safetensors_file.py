@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.deep import NamedTensor, Role, Span
-from enstack_lightning.checkpoint.source import ContainerDefectError, Source
+from enstack_lightning.checkpoint.source import ContainerDefectError, ContainerDefectKind, Source
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -112,7 +112,7 @@ def read_safetensors_header(source: Source) -> SafetensorsHeader:
     tensors = _placed(entries, begin)
     end = tensors[-1].offset + tensors[-1].size if tensors else begin
     if end != size:
-        kind = "truncated" if size < end else "damaged"
+        kind: ContainerDefectKind = "truncated" if size < end else "damaged"
         raise ContainerDefectError(kind, f"the header describes {end:,} bytes and the file has {size:,}")
     return SafetensorsHeader(tensors, metadata)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 RANGE_GAP = 64 * 2**10
 """Remote ranges that are closer to each other than this are fetched as one."""
@@ -21,16 +21,20 @@ MAX_HELD = 32 * 2**20
 """Bytes of earlier ranges that a remote source keeps."""
 
 
+ContainerDefectKind = Literal["empty", "truncated", "damaged", "unrecognised", "unreadable", "replaced"]
+"""The values of `DefectKind` that a container can have."""
+
+
 class ContainerDefectError(ValueError):
     """A file is not what its format demands.
 
     Attributes:
         kind: `truncated` when bytes are missing at the end, `damaged` when bytes are not what they were,
-            `unrecognised` when the file is something else.
+            `unrecognised` when the file is something else, `replaced` when a record is not the one that was saved.
         record: the record concerned, where there is one.
     """
 
-    def __init__(self, kind: str, message: str, record: str = "") -> None:
+    def __init__(self, kind: ContainerDefectKind, message: str, record: str = "") -> None:
         super().__init__(message)
         self.kind = kind
         self.record = record
@@ -158,7 +162,7 @@ class RemoteSource(Source):
         return data
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        wanted = _merged((offset, min(offset + count, self.size)) for offset, count in ranges)
+        wanted = joined((offset, min(offset + count, self.size)) for offset, count in ranges)
         starts, ends = [s for s, _ in wanted], [e for _, e in wanted]
         with object_store():
             found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
@@ -191,7 +195,7 @@ class _Part(Source):
         return self._whole.has_changed()
 
 
-def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The spans with those that lie close together joined."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
