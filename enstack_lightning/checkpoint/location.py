@@ -109,7 +109,7 @@ class LocalLocation(Location):
     def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
         path = self.path
         try:
-            if isinstance(folder, LocalLocation) and path.is_symlink() and not _stays_in(path, folder.path):
+            if isinstance(folder, LocalLocation) and not _stays_in(path, folder.path):
                 return Defect(DefectKind.DAMAGED, name, "it is a link that leads out of the checkpoint's folder"), 0
             status = path.stat()
         except FileNotFoundError:
@@ -190,7 +190,8 @@ class RemoteLocation(Location):
             return dict(self.filesystem.info(self.path))
 
     def child(self, name: str) -> RemoteLocation:
-        return RemoteLocation(f"{self.url.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+        url = self.url if self.url.endswith("://") else f"{self.url.rstrip('/')}/"
+        return RemoteLocation(f"{url}{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
     def check_file(self, name: str, folder: Location | None = None) -> tuple[Defect | None, int]:
         try:
@@ -205,7 +206,7 @@ class RemoteLocation(Location):
         return (None, size) if size else (Defect(DefectKind.EMPTY, name, "it is empty (0 bytes)"), 0)
 
     def open(self) -> Source:
-        return RemoteSource(self.filesystem, self.path, int(self._info.get("size") or 0))
+        return RemoteSource(self.filesystem, self.path, self._info)
 
     def modified(self) -> float:
         try:
@@ -245,8 +246,12 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 
 def _stays_in(path: Path, folder: Path) -> bool:
+    """Whether a path in `folder` leads to no other place, by a link of its own or of a folder on the way to it."""
+    if path.parent == folder and not path.is_symlink():
+        return True
     target, home = path.resolve(), folder.resolve()
-    return target.is_relative_to(home) or target.is_relative_to(home.parent.parent / "blobs")
+    in_hubs_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
+    return in_hubs_cache or target.is_relative_to(home)
 
 
 def leads_out(name: str) -> bool:

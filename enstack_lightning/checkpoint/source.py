@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +93,7 @@ class LocalSource(Source):
 
     def __init__(self, path: Path) -> None:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
         self._status = os.fstat(self._fd)
         if not stat.S_ISREG(self._status.st_mode):
@@ -110,23 +111,34 @@ class LocalSource(Source):
         return self._fd, 0
 
     def has_changed(self) -> bool:
-        now = os.fstat(self._fd)
-        return (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns)
+        try:
+            return _identity(self._path.stat()) != _identity(self._status)
+        except FileNotFoundError:
+            return True
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def object_store() -> Iterator[None]:
     """Whatever the client of an object store raises on its own account is raised as an `OSError` that says the same.
 
-    Such clients have classes of their own for missing credentials, a server that cannot be reached and the like.
+    Such clients have classes of their own for missing credentials, a server that cannot be reached and the like; a
+    timeout has no words of its own.
     """
     try:
         yield
-    except (OSError, ContainerDefectError):
+    except (FileNotFoundError, ContainerDefectError):
         raise
+    except OSError as e:
+        if str(e):
+            raise
+        raise OSError(type(e).__name__) from e
     except Exception as e:
         raise OSError(f"{type(e).__name__}: {e}".splitlines()[0][:300]) from e
 
@@ -137,16 +149,18 @@ class RemoteSource(Source):
     Args:
         filesystem: an `fsspec.AbstractFileSystem`.
         path: the object's path within it.
-        size: bytes, where that is known already.
+        info: what the file system says of the object, where that was asked already.
+
+    Attributes:
+        requests: for ranges of the object, so far.
     """
 
-    def __init__(self, filesystem: Any, path: str, size: int | None = None) -> None:
+    def __init__(self, filesystem: Any, path: str, info: Mapping[str, Any] | None = None) -> None:
         self._filesystem = filesystem
         self._path = path
-        if size is None:
-            with object_store():
-                size = int(filesystem.info(path)["size"])
-        self.size = size
+        self._info = self._ask() if info is None else info
+        self.size = int(self._info.get("size") or 0)
+        self.requests = 0
         self._fetched: list[tuple[int, bytes]] = []
 
     def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
@@ -155,6 +169,7 @@ class RemoteSource(Source):
         for start, data in self._fetched:
             if start <= offset and offset + count <= start + len(data):
                 return data[offset - start : offset - start + count]
+        self.requests += 1
         with object_store():
             data = bytes(self._filesystem.cat_file(self._path, start=offset, end=offset + count)) if count else b""
         if len(data) != count:
@@ -162,15 +177,40 @@ class RemoteSource(Source):
         return data
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        wanted = joined((offset, min(offset + count, self.size)) for offset, count in ranges)
+        spans = [(offset, min(offset + count, self.size)) for offset, count in ranges]
+        wanted = joined((start, end) for start, end in spans if not self._holds(start, end))
+        self.requests += len(wanted)
         starts, ends = [s for s, _ in wanted], [e for _, e in wanted]
         with object_store():
             found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
         fetched = [(start, bytes(data)) for start, data in zip(starts, found, strict=True)]
         self._fetched = [*fetched, *self._fetched] if self._held() < MAX_HELD else fetched
 
+    def has_changed(self) -> bool:
+        """Asks the store again, unless all that was read came in one answer."""
+        if self.requests < 2:
+            return False
+        try:
+            return _version(self._ask()) != _version(self._info)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # what was read was read
+
+    def _ask(self) -> dict[str, Any]:
+        with object_store():
+            return dict(self._filesystem.info(self._path))
+
+    def _holds(self, start: int, end: int) -> bool:
+        return any(begin <= start and end <= begin + len(data) for begin, data in self._fetched)
+
     def _held(self) -> int:
         return sum(len(data) for _, data in self._fetched)
+
+
+def _version(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells an object from the one that takes its place, as far as its store says."""
+    return tuple(str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated", "created"))
 
 
 class _Part(Source):

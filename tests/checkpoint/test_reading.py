@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from enstack_lightning.checkpoint import (
     verify_checkpoint,
 )
 from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES
+from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
 PACKAGE = Path(enstack_lightning.__file__).parent
@@ -181,3 +183,14 @@ def test_reports_are_plain_data(trained: Path) -> None:
         "sentence": "2 of 5 batches into epoch 1 (1 of 3 epochs done); continues with epoch 1, batch 2 of 5; "
         "0 batches trained twice; next LR 9.31e-03",
     }
+
+
+def test_a_file_that_is_replaced_while_it_is_read_has_changed(trained: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(trained / "step=7.ckpt", tmp_path / "last.ckpt"))
+    with LocalSource(path) as source:
+        assert not source.has_changed()
+        Path(shutil.copy(trained / "step=9.ckpt", tmp_path / "new")).rename(path)
+        assert source.has_changed()
+    with LocalSource(path) as source:
+        path.unlink()
+        assert source.has_changed()

@@ -26,6 +26,7 @@ from enstack_lightning.checkpoint import (
     find_last_good,
     verify_checkpoint,
 )
+from enstack_lightning.checkpoint.source import RemoteSource
 
 DEEP = Options(deep=True)
 LAYERS = 30
@@ -219,6 +220,48 @@ def test_memory_is_a_store_like_any_other(trained: Path, tmp_path: Path) -> None
     assert verify_checkpoint("memory://run/step=7.ckpt", DEEP).verdict is Verdict.PASS
     assert "CK301" in errors(verify_checkpoint("memory://run/step=8.ckpt"))
     assert list(find_checkpoints("memory://run")) == ["memory://run/step=7.ckpt", "memory://run/step=8.ckpt"]
+    memory.rm("/run", recursive=True)
+
+
+def test_the_root_of_a_store_is_a_folder_like_any_other(trained: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/run/step=7.ckpt", (trained / "step=7.ckpt").read_bytes())
+    assert list(find_checkpoints("memory://")) == ["memory://run/step=7.ckpt"]
+    memory.rm("/run", recursive=True)
+
+
+@pytest.mark.parametrize("change", ["replaced", "cut", "removed"])
+def test_an_object_that_changes_while_it_is_read_is_told(
+    change: str, big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    whole = big.read_bytes()
+    memory.pipe("/run/big.ckpt", whole)
+    prefetch = RemoteSource.prefetch
+
+    def prefetch_and_change(self: RemoteSource, ranges: Any) -> None:
+        prefetch(self, ranges)
+        if len(list(memory.find("/run"))) and self.requests > 1:
+            memory.rm("/run/big.ckpt") if change == "removed" else memory.pipe(
+                "/run/big.ckpt", whole[:-1] if change == "cut" else whole
+            )
+
+    monkeypatch.setattr(RemoteSource, "prefetch", prefetch_and_change)
+    assert verify_checkpoint("memory://run/big.ckpt").verdict is Verdict.FAIL
+    memory.rm("/run", recursive=True) if memory.exists("/run") else None
+
+
+def test_a_store_that_gives_no_reason_is_named_by_the_kind_of_its_error(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/run/c.ckpt", (trained / "step=7.ckpt").read_bytes())
+
+    def wait(*_: Any, **__: Any) -> bytes:
+        raise TimeoutError
+
+    monkeypatch.setattr(type(memory), "cat_file", wait)
+    assert errors(verify_checkpoint("memory://run/c.ckpt")) == {"CK106": "c.ckpt: it cannot be read: TimeoutError"}
     memory.rm("/run", recursive=True)
 
 
