@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,48 @@ def test_links_are_followed_within_the_folder_and_the_hubs_cache_only(sharded: P
     (sharded / "model-00001-of-00006.safetensors").unlink()
     (sharded / "model-00001-of-00006.safetensors").symlink_to(blobs / "1")
     assert "leads out of the checkpoint's folder" in said(read(sharded))
+
+
+def test_only_the_blobs_of_a_hubs_cache_are_no_way_out(checkpoint: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    run = tmp_path / "run" / "checkpoint-4"
+    run.parent.mkdir()
+    blobs.mkdir()
+    shutil.move(checkpoint, run)
+    shutil.move(run / "model.safetensors", blobs / "0")
+    (run / "model.safetensors").symlink_to(blobs / "0")
+    assert "model.safetensors: it is a link that leads out of the checkpoint's folder" in said(read(run))
+
+
+def test_a_shard_behind_a_linked_folder_is_not_read(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(sharded / "model-00001-of-00006.safetensors", tmp_path / "elsewhere")
+    (sharded / "parts").symlink_to(tmp_path / "elsewhere")
+    text = (sharded / INDEX).read_text()
+    (sharded / INDEX).write_text(text.replace("model-00001-of", "parts/model-00001-of"))
+    facts = read(sharded)
+    assert "a link that leads out of the checkpoint's folder" in said(facts)
+    assert not any(t.where.startswith("parts") for t in facts.tensors)
+
+
+def test_an_index_that_transformers_does_not_look_for_is_no_model(sharded: Path) -> None:
+    (sharded / INDEX).rename(sharded / "old.safetensors.index.json")
+    assert "no index of them" in said(read(sharded))
+
+
+@pytest.mark.timeout(20)
+def test_shards_that_hold_what_their_index_does_not_name_are_not_all_read(tmp_path: Path) -> None:
+    header = json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5_000)})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "part-0.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    for i in range(1, 400):
+        os.link(tmp_path / "part-0.safetensors", tmp_path / f"part-{i}.safetensors")
+    index = {"metadata": {}, "weight_map": {f"t{i}": f"part-{i}.safetensors" for i in range(400)}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    began = time.perf_counter()
+    facts = read(tmp_path)
+    assert time.perf_counter() - began < 2
+    assert "shards hold far more tensors than the 400 that it names" in said(facts)
 
 
 @pytest.mark.timeout(20)

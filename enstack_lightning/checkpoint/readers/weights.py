@@ -37,11 +37,13 @@ from enstack_lightning.checkpoint.source import ContainerDefectError
 CONFIG_FILE = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 10 * 2**20
 MAX_SHARDS = 10_000
 MAX_DEFECTS = 20
+MAX_UNNAMED = 1_000
+"""Tensors of shards that their index does not name; with more, the rest is not read."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 
@@ -62,9 +64,7 @@ def add_config(facts: Facts, folder: Location) -> Facts:
 
 def is_weights_name(name: str) -> bool:
     """Whether a file of this name holds weights or says where they lie, by the names of transformers and PEFT."""
-    return (
-        name in SINGLE_FILES or name in ADAPTER_FILES or name.endswith(INDEX_SUFFIXES) or bool(_SHARD.fullmatch(name))
-    )
+    return name in (*SINGLE_FILES, *ADAPTER_FILES, *INDEX_FILES) or bool(_SHARD.fullmatch(name))
 
 
 def add_weights(
@@ -80,7 +80,7 @@ def add_weights(
     """
     names = folder.names()
     read = [_read_single(folder, name, deep) for name in (*singles, *ADAPTER_FILES) if name in names]
-    read += [_read_shards(folder, name, deep) for name in sorted(names, reverse=True) if name.endswith(INDEX_SUFFIXES)]
+    read += [_read_shards(folder, name, deep) for name in INDEX_FILES if name in names]
     read.sort(key=lambda weights: weights.rank)
     mapped = {name for weights in read for name in weights.names}
     found = _Found(strays=_strays(names, mapped, bool(read)))
@@ -243,7 +243,7 @@ def _add_sizes(weights: _Weights, tensors: Iterable[TensorDescriptor]) -> None:
 
 
 def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights:
-    suffix = ".safetensors" if name.endswith(INDEX_SUFFIXES[0]) else ".bin"
+    suffix = ".safetensors" if name == INDEX_FILES[0] else ".bin"
     weights = _Weights(name, rank=1 if suffix == ".safetensors" else 3)
     index, size, defect = read_json_object(folder, name, MAX_INDEX_BYTES, finite=True)
     if size:
@@ -253,8 +253,16 @@ def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights
     if index is None:
         return weights
     weight_map = _weight_map(weights, index, suffix)
-    tensors = {shard: _read_file(weights, folder, shard, deep) for shard in sorted(set(weight_map.values()))}
-    _compare(weights, weight_map, {shard: found for shard, found in tensors.items() if found is not None})
+    tensors: dict[str, list[TensorFacts]] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = _read_file(weights, folder, shard, deep)
+        if found is not None:
+            tensors[shard] = found
+        if len(weights.tensors) > len(weight_map) + MAX_UNNAMED:
+            message = f"its shards hold far more tensors than the {len(weight_map):,} that it names; not all were read"
+            weights.defect(DefectKind.DAMAGED, name, message)
+            break
+    _compare(weights, weight_map, tensors)
     _compare_size(weights, index, complete=not weights.defects)
     return weights
 
@@ -314,20 +322,19 @@ def _compare_counts(weights: _Weights, shards: set[str]) -> None:
 
 def _compare(weights: _Weights, weight_map: Mapping[str, str], tensors: Mapping[str, list[TensorFacts]]) -> None:
     """The index and the headers of its shards say the same: each tensor in its shard, and in no other."""
-    held = {shard: {t.name for t in found} for shard, found in tensors.items()}
-    for tensor, shard in weight_map.items():
-        if shard in held and tensor not in held[shard]:
-            weights.defect(DefectKind.DAMAGED, shard, f"the index says that it holds {shown(tensor)}, and it does not")
-    for shard, names in held.items():
-        for tensor in sorted(names):
-            if tensor not in weight_map:
-                weights.defect(DefectKind.DAMAGED, shard, f"it holds {shown(tensor)}, which the index does not name")
-    times = Counter(tensor for names in held.values() for tensor in names)
-    for tensor in sorted(tensor for tensor, count in times.items() if count > 1):
-        shards = ", ".join(sorted(shard for shard, names in held.items() if tensor in names)[:5])
-        weights.defect(
-            DefectKind.DAMAGED, weights.name, f"{shown(tensor)} is held by {times[tensor]:,} shards: {shards}"
-        )
+    holders: dict[str, list[str]] = {}
+    for shard, found in tensors.items():
+        for name in sorted({t.name for t in found}):
+            holders.setdefault(name, []).append(shard)
+            if name not in weight_map:
+                weights.defect(DefectKind.DAMAGED, shard, f"it holds {shown(name)}, which the index does not name")
+    for name, shard in weight_map.items():
+        if shard in tensors and shard not in holders.get(name, ()):
+            weights.defect(DefectKind.DAMAGED, shard, f"the index says that it holds {shown(name)}, and it does not")
+    for name, shards in sorted(holders.items()):
+        if len(shards) > 1:
+            message = f"{shown(name)} is held by {len(shards):,} shards: {', '.join(shards[:5])}"
+            weights.defect(DefectKind.DAMAGED, weights.name, message)
 
 
 def _compare_size(weights: _Weights, index: Mapping[str, Any], complete: bool) -> None:
