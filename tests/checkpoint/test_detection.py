@@ -416,6 +416,29 @@ def test_every_kind_of_checkpoint_is_found_and_nothing_else(trained: Path, tmp_p
     ]
 
 
+@pytest.mark.parametrize("beside", [("config.json",), ("config.json", "model.safetensors"), ("model.safetensors",)])
+def test_a_model_or_a_config_beside_checkpoints_does_not_hide_them(
+    beside: tuple[str, ...], trained: Path, tmp_path: Path
+) -> None:
+    folder_of(tmp_path, *beside)
+    shutil.copy(trained / "step=7.ckpt", tmp_path / "last.ckpt")
+    assert list(find_checkpoints(tmp_path)) == [tmp_path / "last.ckpt"]
+    assert list(checkpoints_at([tmp_path])) == [str(tmp_path / "last.ckpt")]
+
+
+def test_a_config_above_folders_of_checkpoints_does_not_hide_them(trained: Path, tmp_path: Path) -> None:
+    folder_of(tmp_path, "config.json")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(trained / "step=7.ckpt", tmp_path / "checkpoints" / "last.ckpt")
+    folder = enstack_folder(tmp_path / "epoch_2")
+    assert list(find_checkpoints(tmp_path)) == [tmp_path / "checkpoints" / "last.ckpt", folder]
+
+
+def test_a_checkpoint_of_the_trainer_may_hold_a_file_of_lightning(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "checkpoint-5", "trainer_state.json", "config.json", "other.ckpt")
+    assert list(find_checkpoints(tmp_path)) == [folder]
+
+
 def test_a_checkpoint_named_itself_is_the_only_one_found(tmp_path: Path) -> None:
     folder = enstack_folder(tmp_path / "c")
     assert list(find_checkpoints(folder)) == [folder]

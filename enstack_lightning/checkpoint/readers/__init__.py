@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from enstack_lightning.checkpoint.deep import DeepRead
@@ -21,11 +22,12 @@ from enstack_lightning.checkpoint.readers.content import (
     is_unfinished,
 )
 from enstack_lightning.checkpoint.readers.enstack_dir import is_enstack_folder, read_enstack_folder
-from enstack_lightning.checkpoint.readers.huggingface import is_huggingface_folder, read_huggingface
+from enstack_lightning.checkpoint.readers.huggingface import is_huggingface_folder, is_trainer_folder, read_huggingface
 from enstack_lightning.checkpoint.readers.lightning import is_lightning, read_lightning
 from enstack_lightning.checkpoint.readers.plain import read_plain_torch, read_safetensors_file
 from enstack_lightning.checkpoint.readers.sharded import is_sharded_folder, read_sharded
 from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
+from enstack_lightning.checkpoint.readers.weights import is_weights_name
 from enstack_lightning.checkpoint.source import ContainerDefectError
 
 __all__ = ["is_checkpoint_folder", "is_unfinished", "read_facts"]
@@ -63,15 +65,26 @@ def read_facts(location: Location, deep: DeepRead | None = None) -> Facts:
 def is_checkpoint_folder(location: Location) -> bool:
     """Whether a folder is one checkpoint, whole or damaged, and not a folder of them or of something else.
 
-    The Trainer leaves the last model beside its checkpoints: such a folder is one of checkpoints.
+    The Trainer leaves the last model beside its checkpoints, and people do so beside Lightning's; a `config.json` alone
+    may be that of a whole project. Such folders are folders of checkpoints.
     """
     try:
         names = location.names()
+        if is_sharded_folder(names) or is_enstack_folder(names):
+            return True
+        if not is_huggingface_folder(names) or any(map(_OF_TRAINER.fullmatch, names)):
+            return False
+        if is_trainer_folder(names):
+            return True
+        if any(name.endswith(".ckpt") for name in names):
+            return False
+        return any(map(is_weights_name, names)) or not _has_folders(location, names)
     except OSError:
         return False
-    if is_sharded_folder(names) or is_enstack_folder(names):
-        return True
-    return is_huggingface_folder(names) and not any(map(_OF_TRAINER.fullmatch, names))
+
+
+def _has_folders(location: Location, names: Iterable[str]) -> bool:
+    return any(location.child(name).is_folder() for name in names if not name.startswith("."))
 
 
 def _read_folder(location: Location, deep: DeepRead | None) -> Facts:

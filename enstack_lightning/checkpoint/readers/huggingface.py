@@ -98,6 +98,11 @@ def is_huggingface_folder(names: Collection[str]) -> bool:
     )
 
 
+def is_trainer_folder(names: Collection[str]) -> bool:
+    """Whether a folder with these names in it is a checkpoint of the Trainer, whole or damaged."""
+    return STATE_FILE in names or any(map(_is_state_name, names))
+
+
 def _is_state_name(name: str) -> bool:
     """Whether only a training run writes a file or folder of this name."""
     return (
