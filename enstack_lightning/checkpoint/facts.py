@@ -340,6 +340,8 @@ class Facts:
         values: noteworthy values of tensors; None when their bytes were not read.
         manifest: None when none stands beside the checkpoint.
         loader_position: whether the training data loader's position is in the checkpoint.
+        loader_spent: whether that position is behind the last batch of an epoch that is not complete yet, in a loader
+            that gives no batch when it is put there.
         live: whether a running Trainer said all this, rather than a file.
     """
 
@@ -365,6 +367,7 @@ class Facts:
     values: tuple[ValueFacts, ...] | None = None
     manifest: ManifestFacts | None = None
     loader_position: bool = False
+    loader_spent: bool = False
     live: bool = False
 
     @property

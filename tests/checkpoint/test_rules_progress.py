@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from builders import TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
 from genuine import huggingface_trainer
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.checkpoint import Facts, Format, Report, Severity, Verdict, judge, verify_checkpoint
 from enstack_lightning.checkpoint.facts import ProgressFacts
@@ -53,6 +54,41 @@ def test_counters_that_no_trainer_writes(fault: str, trained: Path, tmp_path: Pa
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
     assert report.verdict is Verdict.FAIL
     assert words in said(report, "CK302", "error")
+
+
+class Plain(TinyModule):
+    """Its loader is torchdata's own, which stands at its end after an epoch's last batch."""
+
+    def __init__(self, shuffle: bool, workers: int) -> None:
+        super().__init__()
+        self.shuffle, self.workers = shuffle, workers
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        rows = super().train_dataloader().dataset
+        return StatefulDataLoader(rows, batch_size=4, shuffle=self.shuffle, num_workers=self.workers)
+
+
+@pytest.mark.parametrize(("shuffle", "workers"), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.filterwarnings("ignore")
+def test_an_epoch_that_a_resume_at_its_last_batch_loses_is_told_before_and_after(
+    shuffle: bool, workers: int, tmp_path: Path
+) -> None:
+    make = lambda: Plain(shuffle, workers)  # noqa: E731
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path), every_epoch(tmp_path)).fit(make())
+    for name in ("step=4", "epoch=0", "step=6", "step=15"):
+        assert verify_checkpoint(tmp_path / f"{name}.ckpt").verdict is Verdict.PASS, name
+    report = verify_checkpoint(tmp_path / "step=5.ckpt")
+    assert "epoch 1 counts as done without being trained" in said(report, "CK305", "warning")
+    again = make()
+    quiet_trainer(tmp_path, every_epoch(tmp_path / "again")).fit(again, ckpt_path=tmp_path / "step=5.ckpt")
+    assert len(again.rows) == 5, "one epoch of the two that were left"
+    report = verify_checkpoint(tmp_path / "again" / "epoch=1.ckpt")
+    assert report.verdict is Verdict.WARN
+    assert "2 epochs count as complete and 1 had begun: 1 of them was not trained" in said(report, "CK302", "warning")
+
+
+def test_a_loader_that_begins_anew_after_its_end_loses_no_epoch(trained: Path) -> None:
+    assert verify_checkpoint(trained / "step=5.ckpt").verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 5])

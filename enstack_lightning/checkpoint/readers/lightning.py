@@ -40,6 +40,9 @@ _AUTOMATIC = ("epoch_loop.automatic_optimization", "epoch_loop.optimizer_loop", 
 _MANUAL = ("epoch_loop.manual_optimization", "epoch_loop.manual_loop", "epoch_loop.batch_loop.manual_loop")
 _SCALERS = ("MixedPrecision", "MixedPrecisionPlugin", "NativeMixedPrecisionPlugin", "native_amp_scaling_state")
 """Under which entry the gradient scaler's state lies, by version: the precision plugin's class, or a fixed name."""
+_LOADERS = ("loops", "fit_loop", "state_dict", "combined_loader")
+_OF_TORCHDATA = {"yielded", "generator"}
+"""The state of torchdata's `RandomSampler`; its `BatchSampler` of another sampler without a state has none."""
 _TRAINING_ENTRIES = ("optimizer_states", "lr_schedulers")
 
 
@@ -76,8 +79,30 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         data_hyper_parameters=_hyper_parameters(checkpoint.get("datamodule_hyper_parameters")),
         versions=_versions(checkpoint, guard),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
-        loader_position=bool(at(checkpoint, ["loops", "fit_loop", "state_dict", "combined_loader"])),
+        loader_position=bool(at(checkpoint, _LOADERS)),
+        loader_spent=_is_spent(checkpoint),
     )
+
+
+def _is_spent(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a `StatefulDataLoader` stands behind the last batch of an epoch whose end had not come.
+
+    Put there again, torchdata's own samplers give no batch and then the epoch's end; a sampler with a state of its own
+    may begin anew.
+    """
+    positions, progress = at(checkpoint, _LOADERS), progress_facts(checkpoint)
+    if not isinstance(positions, list) or progress.is_last_batch is not True or progress.epochs_completed is None:
+        return False
+    return (progress.epochs_begun or 0) > progress.epochs_completed and any(map(_stops_at_once, positions))
+
+
+def _stops_at_once(position: object) -> bool:
+    if at(position, ["_iterator_finished"]) is not False:
+        return False
+    of_workers = at(position, ["_snapshot", "_main_snapshot"])
+    sampler = at(position if of_workers is None else of_workers, ["_sampler_iter_state"])
+    own = at(sampler, ["sampler_iter_state"])
+    return isinstance(sampler, Mapping) and (own is None or (isinstance(own, Mapping) and set(own) <= _OF_TORCHDATA))
 
 
 def _named_weights(checkpoint: Mapping[str, Any]) -> dict[str, TensorDescriptor]:

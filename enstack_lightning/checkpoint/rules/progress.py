@@ -76,9 +76,10 @@ def counters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     On a resume both come from `loops`, never from these entries; where they differ the checkpoint was edited or put
     together from two. At an epoch's end `epoch` still names the epoch that is just complete. Counters that no Trainer
-    writes (more batches done than taken, epochs done that never began) are an error too. Where the guard recorded the
-    run, its optimizer steps are compared with its batches and accumulation; a difference there is worth knowing, since
-    manual optimization and a change of settings during the run cause it as well.
+    writes (more batches done than taken, epochs done that never began) are an error too; a resume at the last batch of
+    an epoch can make Lightning count one that it did not train, a warning. Where the guard recorded the run, its
+    optimizer steps are compared with its batches and accumulation; a difference there is worth knowing, since manual
+    optimization and a change of settings during the run cause it as well.
     """
     yield from _impossible_counters(facts)
     p = facts.progress
@@ -112,7 +113,17 @@ def _impossible_counters(facts: Facts) -> Iterator[Outcome]:
         ("epochs are complete", p.epochs_completed, "had begun", p.epochs_begun),
     )
     for done, fewer, whole, more in pairs:
-        if fewer is not None and more is not None and fewer > more:
+        if fewer is None or more is None or fewer <= more:
+            continue
+        if more and done.startswith("epochs"):
+            yield warning(
+                f"{fewer:,} epochs count as complete and {more:,} had begun: {fewer - more:,} of them "
+                f"{'was' if fewer - more == 1 else 'were'} not trained",
+                "loops",
+                "A resume at the last batch of an epoch, with a stateful loader that stood at its end, counts an epoch "
+                "without a batch. Raise max_epochs by as many.",
+            )
+        else:
             yield error(f"{fewer:,} {done} and {more:,} {whole}", "loops", _ANOTHER)
 
 
@@ -202,6 +213,9 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
     A mid-epoch checkpoint of a loader whose position was not saved repeats or leaves out batches: Lightning starts the
     loader anew and counts on. transformers puts its loader where it was; EnStack skips as many batches of an epoch that
     is shuffled anew.
+
+    A `StatefulDataLoader` saved after the last batch of an epoch and before its end stands at its end when it is
+    restored: Lightning then counts the next epoch as done without training it.
     """
     plan = plan_resume(facts)
     if plan is None or plan.kind == "not-resumable":
@@ -212,6 +226,13 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
             f"saved after batch {plan.step:,} of the epoch, without the training loader's position: a resume trains "
             f"other batches than the ones left, up to {plan.batches_repeated:,} of them for the second time",
             hint="Use a StatefulDataLoader (torchdata) for training, or resume from a checkpoint of an epoch's end.",
+        )
+    elif plan.kind != "finished" and facts.loader_spent:
+        yield warning(
+            "saved after the last batch of an epoch, before its end, with the loader's position there: the loader "
+            f"gives no batch after a resume, and epoch {plan.next_epoch:,} counts as done without being trained",
+            hint="Use the checkpoint of the same epoch's end, or raise max_epochs by one; every_n_train_steps saves at "
+            "this moment where it divides the batches of an epoch.",
         )
     else:
         yield passed(plan.sentence)
