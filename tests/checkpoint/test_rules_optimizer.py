@@ -147,7 +147,7 @@ def test_an_optimizer_missing_from_a_real_gan_is_told(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "c.ckpt")
     assert verify_checkpoint(tmp_path / "c.ckpt").verdict is Verdict.PASS
     report = verify_checkpoint(edited(tmp_path / "c.ckpt", tmp_path / "e.ckpt", lambda c: c["optimizer_states"].pop()))
-    assert "with 2 optimizers the counter is right and 1 of them are missing here" in said(report, "CK401", "warning")
+    assert "with 2 optimizers the counter is right and 1 of them is missing here" in said(report, "CK401", "warning")
 
 
 def test_the_steps_of_transformers_are_held_against_global_step(tmp_path: Path) -> None:
@@ -178,6 +178,42 @@ def test_an_empty_state_under_an_old_counter(trained: Path, tmp_path: Path) -> N
 
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "sgd.ckpt", sgd))
     assert said(report, "CK402", "error") == ""
+
+
+class LateSecond(Gan):
+    """Its second optimizer begins with the third batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step >= 2:
+            super().training_step(batch, batch_idx)
+        else:
+            generator, _ = self.optimizers()
+            generator.zero_grad()
+            self.manual_backward(self.generator(batch[0]).square().mean())
+            generator.step()
+
+
+def test_an_optimizer_that_has_not_stepped_yet_was_called_one_that_lost_its_state(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, every_step(tmp_path), max_epochs=1).fit(LateSecond())
+    report = verify_checkpoint(tmp_path / "step=2.ckpt")
+    assert "optimizer 1: has not stepped, the others have all 2 steps" in said(report, "CK402", "pass")
+    assert report.verdict is Verdict.PASS
+
+    def empty(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][1]["state"] = {}
+
+    report = verify_checkpoint(edited(tmp_path / "step=6.ckpt", tmp_path / "e.ckpt", empty))
+    assert "optimizer 1 has no state for any of its 2 parameters after 6 steps" in said(report, "CK402", "error")
+
+
+def test_the_first_steps_that_a_gradient_scaler_skipped_were_an_error() -> None:
+    def severity(counted: int, **fields: str) -> str:
+        facts = lightning([-1], counted, **fields)
+        return "/".join(s for s, _, _ in findings(facts, "CK402"))
+
+    assert severity(3, MixedPrecision="dict") == "warning"
+    assert severity(100, MixedPrecision="dict") == "error"
+    assert severity(3) == "error"
 
 
 def on_state(edit: Callable[[dict[Any, Any]], object]) -> Edit:
@@ -278,6 +314,27 @@ def test_moments_are_compared_by_name_where_names_are_known(of_the_layer: bool, 
 
     report = verify_checkpoint(edited(tmp_path / "c.ckpt", tmp_path / "e.ckpt", swap))
     assert "has shape [4, 4], and weight layer.bias has [4]" in said(report, "CK405", "error")
+
+
+class NamedByPart(TinyModule):
+    """Two layers of different shape in two groups, each with the layer's own names for its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def training_step(self, batch: Any) -> Any:
+        return super().training_step((self.first(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([{"params": list(part.named_parameters())} for part in (self.first, self.layer)])
+
+
+def test_names_that_two_groups_share_were_taken_for_those_of_one_layer(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, every_step(tmp_path), max_epochs=1).fit(NamedByPart())
+    report = verify_checkpoint(tmp_path / "step=3.ckpt")
+    assert "8 moments in the shapes of weights" in said(report, "CK405", "pass")
+    assert report.verdict is Verdict.PASS
 
 
 # Odd and healthy: every optimizer of torch on the same module, frozen and unused parameters

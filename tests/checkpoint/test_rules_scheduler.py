@@ -172,6 +172,38 @@ def test_a_complete_cycle_of_an_unguarded_run_is_worth_knowing(tmp_path: Path) -
     assert report.verdict is Verdict.PASS
 
 
+@pytest.mark.parametrize("phases", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_linear_cycle_that_ends_below_zero_was_an_error(phases: bool, tmp_path: Path) -> None:
+    make = lambda o: schedules.OneCycleLR(o, 0.1, total_steps=15, anneal_strategy="linear", three_phase=phases)  # noqa: E731
+    for path in run(tmp_path, Scheduled(make)):
+        assert verify_checkpoint(path).verdict is Verdict.PASS, (path, verify_checkpoint(path).findings)
+    report = verify_checkpoint(tmp_path / "step=15.ckpt")
+    assert "OneCycleLR goes below 0 with the last of its steps" in said(report, "CK407", "info")
+
+
+class JoinsLater(Scheduled):
+    """A group joins after the schedule was made, and a callback of its own sets the group's rate."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda o: schedules.ExponentialLR(o, 0.5), "epoch")
+        self.more = torch.nn.Parameter(torch.ones(3))
+
+    def on_train_epoch_start(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        if self.current_epoch == 0:
+            optimizer.add_param_group({"params": [self.more], "lr": 1e-3})
+        optimizer.param_groups[-1]["lr"] = 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_rate_of_a_group_that_joined_later_is_not_the_schedulers(tmp_path: Path) -> None:
+    run(tmp_path, JoinsLater())
+    for name in ("step=3", "step=7", "step=12"):
+        report = verify_checkpoint(tmp_path / f"{name}.ckpt")
+        assert said(report, "CK503", "warning") == "", name
+
+
 def test_the_guard_stops_a_longer_run_before_its_cycle_does(tmp_path: Path) -> None:
     run(tmp_path, Scheduled(*HEALTHY["one cycle"]))
     with pytest.raises(CheckpointGuardError, match="CK505 the schedule has 0 of 15 steps left and the run 10"):

@@ -322,6 +322,11 @@ def bad(
         (bad("optimizer 0, parameter 3, exp_avg", "inf", role="optimizer"), "error"),
         (bad("cls_token", "inf"), "warning"),
         (bad("attn_mask", "-inf"), "info"),
+        (bad("layer.attn_bias", "-inf"), "info"),
+        (bad("layer.attn_bias", "inf"), "error"),
+        (bad("layer.in_proj_bias", "-inf"), "error"),
+        (bad("rnn.bias_hh_l0_reverse", "inf"), "error"),
+        (bad("layer.parametrizations.weight.original0", "inf"), "error"),
         (bad("best_loss", "inf", ()), "info"),
     ],
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts
+from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 
 SMALL_MISMATCH = 100
 """A mismatch of up to this many steps is small: skipped steps and other harmless causes are of this size."""
+
+SCALED_DOWN = 20
+"""So many steps a gradient scaler may skip one after the other, halving its scale each time, before it finds one."""
 
 MAX_ACCUMULATION = 128
 MAX_LISTED = 10
@@ -172,9 +175,10 @@ def _optimizers_missing(actual: int, expected: int, facts: Facts) -> str | None:
     held = len(facts.optimizers or ())
     if facts.format is not Format.LIGHTNING or actual <= 0 or expected % actual or not 2 <= expected // actual <= 4:
         return None
+    lost = expected // actual * held - held
     return (
         f"The loop counted {expected // actual} x {actual:,} steps: with {expected // actual * held} optimizers the "
-        f"counter is right and {expected // actual * held - held} of them are missing here; else the state was reset."
+        f"counter is right and {lost} of them {'is' if lost == 1 else 'are'} missing here; else the state was reset."
     )
 
 
@@ -188,12 +192,16 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
     """An optimizer that keeps moments has none although steps were done, or the optimizers are missing altogether.
 
     SGD without momentum keeps no state, and that is healthy; Adam's `betas` or a `momentum` above 0 in the param groups
-    tell an optimizer that does.
+    tell an optimizer that does. Of several optimizers one may not have stepped yet: where the others have all the steps
+    that the loop counted, it has not. A gradient scaler may have skipped all of a few steps so far: a warning.
     """
     if facts.optimizers is None or not (facts.fields or facts.optimizers):
         return
     expected = expected_steps(facts, options)
     done = expected.steps if expected else 0
+    others = sum(o.most_steps or 0 for o in facts.optimizers)
+    by_others = facts.progress.optimizer_steps is not None and done <= others
+    say = warning if scales_losses(facts) and done <= SCALED_DOWN else error
     if not facts.optimizers and done:
         yield error(
             f"no optimizer state after {done:,} steps: training would go on with a fresh optimizer", "optimizer"
@@ -203,18 +211,28 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
             yield passed(f"optimizer {number}: none, the run trains without one")
         elif not optimizer.groups:
             yield error(f"optimizer {number} has no param_groups", "optimizer", _OTHER_CHECKPOINT)
-        elif optimizer.keeps_moments and not optimizer.parameters_with_state and done and optimizer.parameter_count:
-            yield error(
+        elif not optimizer.keeps_moments or optimizer.parameters_with_state or not optimizer.parameter_count:
+            yield _state_there(number, optimizer)
+        elif done and by_others:
+            yield passed(f"optimizer {number}: has not stepped, the others have all {done:,} steps")
+        elif done:
+            yield say(
                 f"optimizer {number} has no state for any of its {optimizer.parameter_count:,} parameters after "
                 f"{done:,} steps: training would go on with a fresh optimizer",
                 "optimizer",
-                _OTHER_CHECKPOINT,
+                _OTHER_CHECKPOINT
+                if say is error
+                else "Expected if the gradient scaler has skipped every step so far; else use another checkpoint.",
             )
         else:
-            yield passed(
-                f"optimizer {number}: {len(optimizer.groups)} group(s), {optimizer.parameter_count:,} parameters, "
-                f"{optimizer.parameters_with_state:,} with state"
-            )
+            yield _state_there(number, optimizer)
+
+
+def _state_there(number: int, optimizer: OptimizerFacts) -> Outcome:
+    return passed(
+        f"optimizer {number}: {len(optimizer.groups)} group(s), {optimizer.parameter_count:,} parameters, "
+        f"{optimizer.parameters_with_state:,} with state"
+    )
 
 
 @rule(
@@ -338,13 +356,16 @@ def _is_flat(optimizer: OptimizerFacts, shapes: set[tuple[int, ...]]) -> bool:
 def _names_of(optimizer: OptimizerFacts, weights: Mapping[str, Any]) -> dict[int | str, str]:
     """The weight of each parameter whose name is known: `param_names` of named parameters, or its key in the state.
 
-    An optimizer of a part of a module knows its parameters without that part's prefix.
+    An optimizer of a part of a module knows its parameters without that part's prefix. Two parameters of one name are
+    of two parts, one a group; which is which is not in the file, and no name is known.
     """
     known: dict[int | str, str] = {p: p for p in optimizer.moments if isinstance(p, str)}
     for group in optimizer.groups:
         names = group.options.get("param_names")
         if isinstance(names, list) and len(names) == len(group.params):
             known.update(zip(group.params, map(str, names), strict=True))
+    if len(set(known.values())) < len(known):
+        return {}
     if all(name in weights for name in known.values()):
         return known
     for name in known.values():
@@ -400,12 +421,16 @@ def param_group_values(facts: Facts, options: Options) -> Iterator[Outcome]:
     torch refuses a negative learning rate, weight decay, momentum or eps and betas outside [0, 1) when an optimizer is
     made; `load_state_dict` overwrites them without a check, so in a checkpoint they are an error. A momentum of 1 or
     more is accepted and lets training diverge, an eps of 0 divides by zero for a weight without a gradient: warnings.
+    `OneCycleLR` with linear annealing sets a rate below 0 itself, at the last of its steps: worth knowing.
     """
+    overshot = {rate for s in facts.schedulers or () if _is_at_its_end(s) for rate in s.last_lr if rate < 0}
     for number, optimizer in enumerate(facts.optimizers or ()):
         odd = [
-            judged(f"optimizer {number}, group {index}: {what}", "optimizer", _OTHER_CHECKPOINT)
+            judged(
+                f"optimizer {number}, group {index}: {what}", "optimizer", "" if judged is info else _OTHER_CHECKPOINT
+            )
             for index, group in enumerate(optimizer.groups)
-            for judged, what in _odd_values(group)
+            for judged, what in _odd_values(group, overshot)
         ]
         yield from odd[:MAX_LISTED]
         if len(odd) > MAX_LISTED:
@@ -414,11 +439,17 @@ def param_group_values(facts: Facts, options: Options) -> Iterator[Outcome]:
             yield passed(f"optimizer {number}: the values of its {len(optimizer.groups):,} param groups are sane")
 
 
-def _odd_values(group: ParamGroupFacts) -> Iterator[tuple[Callable[..., Outcome], str]]:
+def _is_at_its_end(scheduler: SchedulerFacts) -> bool:
+    return bool(scheduler.total_steps) and scheduler.last_epoch == scheduler.total_steps
+
+
+def _odd_values(group: ParamGroupFacts, overshot: Container[float]) -> Iterator[tuple[Callable[..., Outcome], str]]:
     values: dict[str, Any] = {"lr": group.lr, "initial_lr": group.initial_lr, **group.options}
     for name in ("lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "eps", "momentum", "lr_decay", "alpha", "rho"):
         for value in _numbers_in(values.get(name)):
-            if not math.isfinite(value) or value < 0:
+            if name == "lr" and value in overshot:
+                yield info, f"lr is {value:g}, where OneCycleLR goes below 0 with the last of its steps"
+            elif not math.isfinite(value) or value < 0:
                 yield error, f"{name} is {value:g} and must be a number from 0 up"
             elif name == "momentum" and value >= 1:
                 yield warning, f"momentum is {value:g} and should be below 1: training would diverge"

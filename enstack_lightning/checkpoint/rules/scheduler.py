@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
@@ -21,7 +22,10 @@ _COMES_BACK = {
     "CosineAnnealingLR": "the rate rises again after it",
     "PolynomialLR": "the rate stays at 0 after it",
 }
-_DISAGREES = "The scheduler will overwrite it at its next step; use a checkpoint in which both agree."
+_DISAGREES = (
+    "Expected if a callback or optimizer_step sets the rate by hand; else use a checkpoint in which both agree: the "
+    "scheduler goes on from one of them at its next step."
+)
 
 
 @rule(
@@ -139,7 +143,9 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
                 f"learning rate {_rates_of(optimizer)} of optimizer {number} is below {options.min_lr:.0e}: training "
                 "would change almost nothing",
                 "learning rate",
-                "The schedule has run out: train with a longer one, or stop here.",
+                "The schedule has run out: train with a longer one, or stop here."
+                if facts.schedulers
+                else "No schedule set it: it is what the optimizer was made with, or what was set by hand.",
             )
         else:
             yield passed(f"learning rate {_rates_of(optimizer)} of optimizer {number} within bounds")
@@ -208,8 +214,7 @@ def learning_rate_disagrees(facts: Facts, options: Options) -> Iterator[Outcome]
             _DISAGREES,
         )
         return
-    pairs = zip((g.lr or 0.0 for g in optimizer.groups), scheduler.last_lr, strict=False)
-    actual, expected = next((a, b) for a, b in pairs if not same_rate(a, b))
+    actual, expected = next((a, b) for a, b in _rates_set(scheduler, optimizer) if not same_rate(a, b))
     yield warning(
         f"the optimizer's learning rate is {actual:.6e} and its scheduler set {expected:.6e}",
         "learning rate",
@@ -218,9 +223,14 @@ def learning_rate_disagrees(facts: Facts, options: Options) -> Iterator[Outcome]
 
 
 def _agrees(scheduler: SchedulerFacts, optimizer: OptimizerFacts) -> bool:
-    """Whether the rates are the same; groups that joined after the scheduler was made have none of it."""
+    """Whether the rates are the same; those of groups that joined after the scheduler was made are not its own."""
+    return all(same_rate(actual, expected) for actual, expected in _rates_set(scheduler, optimizer))
+
+
+def _rates_set(scheduler: SchedulerFacts, optimizer: OptimizerFacts) -> Iterator[tuple[float, float]]:
+    """Each rate and what the scheduler made of it, for the groups that it was made for."""
     pairs = zip((g.lr or 0.0 for g in optimizer.groups), scheduler.last_lr, strict=False)
-    return all(same_rate(actual, expected) for actual, expected in pairs)
+    return islice(pairs, len(scheduler.base_lrs) or None)
 
 
 @rule(

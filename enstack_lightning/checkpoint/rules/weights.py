@@ -339,7 +339,8 @@ def non_finite(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     Found by `--deep` only, which reads every value. From such a checkpoint every further step gives NaN. Infinity on
     purpose is left in peace: in a mask, and in a single number that a module keeps as a buffer (the best loss so far).
-    In an entry that is called neither weight nor bias infinity is a warning, since it may be such a buffer as well.
+    A mask may also be called `attn_bias`. In an entry that is called neither weight nor bias infinity is a warning,
+    since it may be such a buffer as well.
     """
     if facts.values is None:
         return
@@ -355,6 +356,9 @@ def non_finite(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield passed("all values are finite")
 
 
+# A layer's own, those of torch's recurrent layers (`bias_hh_l0`) and of parametrizations (`weight.original0`).
+_TRAINED = re.compile(r"(weight|bias)$|^(weight|bias)_([gvk]|orig|(ih|hh)_l[0-9]+(_reverse)?)$|^original[0-9]*$")
+_MASK = re.compile(r"(attn|attention|causal)_bias")
 _WORST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.INFO)
 
 
@@ -363,9 +367,10 @@ def _not_finite(v: ValueFacts) -> Outcome:
         "Use a checkpoint from before the run diverged; a lower learning rate or gradient clipping may keep it whole."
     )
     name = v.name.rpartition(".")[2].lower()
-    if v.first_value == "nan" or v.role == "optimizer" or name.endswith(("weight", "bias")):
+    masks = "mask" in name or (v.first_value == "-inf" and _MASK.fullmatch(name))
+    if v.first_value == "nan" or v.role == "optimizer" or (_TRAINED.search(name) and not masks):
         return error(_values(v), v.name, hint)
-    if v.first_nonfinite == () or "mask" in name:
+    if v.first_nonfinite == () or masks:
         return info(_values(v), v.name)
     return warning(_values(v), v.name, hint)
 
