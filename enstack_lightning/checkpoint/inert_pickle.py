@@ -14,11 +14,19 @@ from __future__ import annotations
 import gc
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import OddityKind
-from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, REBUILD, TENSOR_MODULES, odd_tensors, storage_of
+from enstack_lightning.checkpoint.pickle_rebuild import (
+    ORDERED_DICT,
+    REBUILD,
+    SEALED,
+    TENSOR_MODULES,
+    odd_tensors,
+    storage_of,
+)
 from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSEEN, untangled
 from enstack_lightning.checkpoint.pickle_values import (
     CONTAINERS,
@@ -107,6 +115,8 @@ class _Machine:
         self.storages: dict[tuple[str, tuple[str, int, int] | None], StorageDescriptor] = {}
         self.storage_headers: dict[str, tuple[str, int, str]] = {}
         self.tensors: list[TensorDescriptor] = []
+        self.ordered: dict[int, dict[Any, Any]] = {}
+        self.refused: set[int] = set()
         self.work = Work()
 
     def run(self) -> Unpickled:
@@ -144,7 +154,7 @@ class _Machine:
         """Runs opcodes until STOP. Those that make up nine tenths of a checkpoint are written out for speed."""
         data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
         stack, at, end = self.stack, self.at, self.end
-        containers, unpack_from = CONTAINERS, struct.unpack_from
+        containers, unpack_from, beyond = CONTAINERS, struct.unpack_from, _NOT_WEIGHTS_ONLY
         try:
             for _ in range(self.max_opcodes):
                 if at >= end:
@@ -165,6 +175,7 @@ class _Machine:
                     at += 4
                 elif opcode == 0x94:  # MEMOIZE
                     memo[len(memo)] = stack[-1]
+                    self.refused.add(opcode)
                 elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
                     if opcode == 0x68:
                         value = memo[data[at]]
@@ -185,6 +196,7 @@ class _Machine:
                     else:
                         length = data[at]
                         at += 1
+                        self.refused.add(opcode)
                     raw = data[at : at + length]
                     if raw.isascii() and at + length <= end:
                         stack.append(raw.decode("ascii"))
@@ -211,6 +223,8 @@ class _Machine:
                     break
                 else:
                     self.at = at
+                    if opcode in beyond:
+                        self.refused.add(opcode)
                     dispatch[opcode](self)
                     at, end, stack = self.at, self.end, self.stack
             else:
@@ -239,6 +253,8 @@ class _Machine:
             raise PickleDefectError(
                 f"the pickle ends with {left:,} values and {len(self.below_marks):,} marks on its stack, not one value"
             )
+        if any(self.work.hooks):
+            raise PickleDefectError("a tensor has backward hooks, which a backward pass would call; torch writes none")
         self.memo.clear()
         value, loops = untangled(self.stack[0], self.shared)
         oddities = tuple(odd_tensors(self.tensors))
@@ -246,7 +262,12 @@ class _Machine:
             message = f"{loops:,} of its values refer back to a value that they lie in"
             oddities = (*oddities, (OddityKind.CYCLE, message))
         return Unpickled(
-            value, tuple(self.globals.values()), tuple(self.tensors), tuple(self.storages.values()), oddities
+            value,
+            tuple(self.globals.values()),
+            tuple(self.tensors),
+            tuple(self.storages.values()),
+            oddities,
+            tuple(sorted(self.refused)),
         )
 
     # Bounds
@@ -337,12 +358,14 @@ class _Machine:
 
     def setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
+        _check_open(self.stack[-1])
         self.work.set_items(self.stack[-1], (key, value))
 
     def setitems(self) -> None:
         values = self.pop_to_mark()
         if len(values) % 2:
             raise PickleDefectError(f"a key without a value at byte {self.at - 1:,}")
+        _check_open(self.stack[-1])
         self.work.set_items(self.stack[-1], values)
 
     def integer(self) -> None:
@@ -392,6 +415,10 @@ class _Machine:
     def binary(self, form: str) -> None:
         self.stack.append(self.take(self.number(form)))
 
+    def byte_array(self) -> None:
+        self.binary("<Q")
+        self.stack[-1] = bytearray(self.stack[-1])
+
     def named(self) -> None:
         module, name = self.line(), self.line()
         if self.protocol < 3:
@@ -430,6 +457,8 @@ class _Machine:
             result = rebuild(self.work, args)
             if result.__class__ is TensorDescriptor:
                 self.tensors.append(result)
+            elif function == ORDERED_DICT:
+                self.ordered[id(result)] = result
         else:
             result = self.call(function, args)
         self.stack[-1] = result
@@ -440,7 +469,9 @@ class _Machine:
         if args.__class__ is not tuple:
             raise PickleDefectError(f"arguments that are no tuple at byte {self.at - 1:,}")
         if function == ORDERED_DICT and not args:
-            self.stack[-1] = {}
+            entries: dict[Any, Any] = {}
+            self.stack[-1] = entries
+            self.ordered[id(entries)] = entries
         elif function in REBUILD:
             # `__new__` leaves the arguments out that `__init__` would have taken: not what a pickler writes.
             raise PickleDefectError(f"{function} is made in a way that torch does not write at byte {self.at - 1:,}")
@@ -454,6 +485,8 @@ class _Machine:
                 raise PickleDefectError(f"{function} is called, which torch has not written since 0.1")
             if function.module == "torch" and function.name in DTYPE_BYTES:
                 raise PickleDefectError(f"{function} is called, and is a dtype")
+            if function.module == "torch" and function.name.endswith(_QUANTIZATION_SCHEMES):
+                raise PickleDefectError(f"{function} is called, and is a scheme of quantization")
         elif not isinstance(function, Call):
             raise PickleDefectError(f"a {type(function).__name__} is called at byte {self.at - 1:,}")
         return Call(function, args)
@@ -462,12 +495,15 @@ class _Machine:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Call):
+            _check_open(target)
             if target.state is not None:
                 raise PickleDefectError(f"the state of {target} is set twice, at byte {self.at - 1:,} again")
             target.state = state
-        elif not isinstance(target, dict) or not isinstance(state, dict):
+        elif id(target) not in self.ordered or not isinstance(state, dict):
             # OrderedDicts of modules carry a `_metadata` attribute; anything else has no state to set.
             raise PickleDefectError(f"BUILD on a {type(target).__name__} at byte {self.at - 1:,}")
+        elif not all(isinstance(name, str) for name in state) or not _OF_ORDERED_DICTS.isdisjoint(state):
+            raise PickleDefectError("the state of an OrderedDict would hide its own methods, such as items")
 
     def persistent_id(self) -> None:
         pid = self.stack.pop()
@@ -485,7 +521,13 @@ class _Machine:
         self.stack.append(self.storages.setdefault((storage.key, storage.view), storage))
 
 
+def _check_open(target: object) -> None:
+    if isinstance(target, Call) and target.function in SEALED:
+        raise PickleDefectError(f"something is set on {target} or added to it, which has no place for it")
+
+
 def _list_of(target: object) -> list[Any]:
+    _check_open(target)
     if isinstance(target, Call):
         if target.items == ():
             target.items = []
@@ -494,6 +536,9 @@ def _list_of(target: object) -> list[Any]:
         raise PickleDefectError(f"items are appended to a {type(target).__name__}")
     return target
 
+
+_OF_ORDERED_DICTS = frozenset(dir(OrderedDict))
+_QUANTIZATION_SCHEMES = ("_affine", "_symmetric", "_qparams")
 
 # Left out on purpose, and so refused: the text opcodes of protocols 0 and 1; INST, OBJ and EXT, other ways to call;
 # DUP, and POP and POP_MARK, which hide what was called (a pickler writes POP only for a tuple that holds itself);
@@ -521,7 +566,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x42: lambda m: m.binary("<I"),
     0x43: lambda m: m.binary("<B"),
     0x8E: lambda m: m.binary("<Q"),
-    0x96: lambda m: m.binary("<Q"),
+    0x96: _Machine.byte_array,
     0x54: lambda m: m.text_of_python_2("<i"),
     0x55: lambda m: m.text_of_python_2("<B"),
     0x63: _Machine.named,
@@ -532,3 +577,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x51: _Machine.persistent_id,
 }
 _DISPATCH = [_OPCODES.get(opcode, _Machine.refuse) for opcode in range(256)]
+
+# What `torch.load(weights_only=True)` does not know of these: texts shorter than 256 bytes, the memo without numbers,
+# bytes, sets, frames and names from the stack of protocols 3 to 5; torch/_weights_only_unpickler.py, `Unpickler.load`.
+_NOT_WEIGHTS_ONLY = frozenset((0x42, 0x43, 0x54, 0x8C, 0x8D, 0x8E, 0x90, 0x91, 0x93, 0x94, 0x95, 0x96))

@@ -40,6 +40,10 @@ def storage_of(pid: object, legacy: bool) -> StorageDescriptor:
         raise PickleDefectError("a storage's persistent id has a field of the wrong type")
     if not 0 <= numel * DTYPE_BYTES[dtype] < _INT64_LIMIT:
         raise PickleDefectError(f"storage {key!r:.40} has {_said(numel)} elements")
+    if location == "meta":
+        raise PickleDefectError(
+            f"storage {key!r:.40} is on the meta device, where torch.load would leave its bytes out"
+        )
     return StorageDescriptor(key, dtype, numel, location, _view(pid[5]) if legacy else None)
 
 
@@ -116,9 +120,11 @@ def _arguments(args: tuple[Any, ...], counts: tuple[int, ...], function: str) ->
     return args
 
 
-def _flags(requires_grad: object, hooks: object, function: str) -> None:
+def _flags(work: Work, requires_grad: object, hooks: object, function: str) -> None:
     if not isinstance(requires_grad, bool) or not (hooks is None or isinstance(hooks, dict)):
         raise PickleDefectError(f"{function} is given {_said(requires_grad)} and {_said(hooks)} as its flags")
+    if hooks is not None:
+        work.hooks.append(hooks)  # functions that a backward pass would call: torch always writes an empty dict
 
 
 def _rebuild_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
@@ -128,31 +134,40 @@ def _rebuild_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
 
 def _rebuild_tensor_v2(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     _arguments(args, (6, 7), "_rebuild_tensor_v2")
-    _flags(args[4], args[5], "_rebuild_tensor_v2")
-    _metadata(args[6:])
-    return _tensor(args[0], None, args[2], args[3], args[1])
+    _flags(work, args[4], args[5], "_rebuild_tensor_v2")
+    return _with_metadata(_tensor(args[0], None, args[2], args[3], args[1]), args[6:])
 
 
 def _rebuild_tensor_v3(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     _arguments(args, (7, 8), "_rebuild_tensor_v3")
-    _flags(args[4], args[5], "_rebuild_tensor_v3")
-    _metadata(args[7:])
-    return _tensor(args[0], _dtype(args[6]), args[2], args[3], args[1])
+    _flags(work, args[4], args[5], "_rebuild_tensor_v3")
+    return _with_metadata(_tensor(args[0], _dtype(args[6]), args[2], args[3], args[1]), args[7:])
 
 
-def _metadata(values: tuple[Any, ...]) -> None:
-    """Whether a tensor is lazily conjugated or negated: `{"conj": True}`."""
-    if values and not isinstance(values[0], dict | None):
-        raise PickleDefectError(f"a tensor's metadata is {_said(values[0])}")
+def _with_metadata(tensor: TensorDescriptor, values: tuple[Any, ...]) -> TensorDescriptor:
+    """The tensor, whose metadata says at most that it is lazily conjugated or negated: `{"conj": True}`."""
+    metadata = values[0] if values else None
+    if metadata is None:
+        return tensor
+    if not isinstance(metadata, dict) or not all(
+        isinstance(key, str) and isinstance(flag, bool) for key, flag in metadata.items()
+    ):
+        raise PickleDefectError(f"a tensor's metadata is {_said(metadata)} with more in it than flags")
+    if "conj" in metadata and not tensor.dtype.startswith("complex"):
+        raise PickleDefectError(f"a tensor of {tensor.dtype} is said to be conjugated")
+    return tensor
 
 
 def _rebuild_qtensor(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     # (storage, offset, size, stride, quantizer_params, requires_grad, backward_hooks)
     _arguments(args, (7,), "_rebuild_qtensor")
-    _flags(args[5], args[6], "_rebuild_qtensor")
+    _flags(work, args[5], args[6], "_rebuild_qtensor")
     if not isinstance(args[4], tuple) or len(args[4]) not in (3, 4):
         raise PickleDefectError(f"a quantized tensor's parameters are {_said(args[4])}")
-    return _tensor(args[0], None, args[2], args[3], args[1])
+    tensor = _tensor(args[0], None, args[2], args[3], args[1])
+    if not tensor.dtype.startswith("q"):
+        raise PickleDefectError(f"a quantized tensor is of dtype {tensor.dtype}")
+    return tensor
 
 
 def _rebuild_sparse_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
@@ -164,7 +179,16 @@ def _rebuild_sparse_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescripto
     parts, shape = data[: 2 + compressed], _sizes(data[2 + compressed])
     if not all(isinstance(part, TensorDescriptor) for part in parts):
         raise PickleDefectError(f"a tensor of layout {layout} is built from something that is no tensor")
+    if not compressed and not _are_of_one_shape(parts[0].shape, parts[1].shape, shape):
+        raise PickleDefectError(f"a {layout} tensor of {len(shape)} dimensions has indices and values of other sizes")
     return TensorDescriptor(None, parts[-1].dtype, shape, (), 0, layout, parts)
+
+
+def _are_of_one_shape(indices: tuple[int, ...], values: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a column of `indices` for each of `values`, a number for each sparse dimension, make up `shape`."""
+    if len(indices) != 2 or not values or indices[1] != values[0]:
+        return False
+    return indices[0] + len(values) - 1 == len(shape) and values[1:] == shape[indices[0] :]
 
 
 def _rebuild_nested_tensor(work: Work, args: tuple[Any, ...]) -> Call:
@@ -176,7 +200,9 @@ def _rebuild_nested_tensor(work: Work, args: tuple[Any, ...]) -> Call:
 
 def _rebuild_parameter(work: Work, args: tuple[Any, ...]) -> Any:
     # (data, requires_grad, backward_hooks[, state]); the tensors in the state are found all the same
-    _flags(args[1], args[2], "_rebuild_parameter")
+    _flags(work, args[1], args[2], "_rebuild_parameter")
+    for state in args[3:]:
+        _attributes(state)
     return _one_tensor(args[0])
 
 
@@ -188,6 +214,20 @@ def _rebuild_parameter_with_state(work: Work, args: tuple[Any, ...]) -> Any:
     return _rebuild_parameter(work, _arguments(args, (4,), "_rebuild_parameter_with_state"))
 
 
+def _attributes(state: object) -> None:
+    """Refuses the state of a tensor that sets more than attributes of a user's own, such as `data`: another tensor."""
+    for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+        if part is None:
+            continue
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            raise PickleDefectError(f"the state of a tensor is {_said(part)}, not a dict of attributes")
+        taken = sorted(TENSOR_ATTRIBUTES.intersection(part))
+        if taken:
+            raise PickleDefectError(
+                f"the state of a tensor sets its {taken[0]}, so that another tensor would be loaded"
+            )
+
+
 def _one_tensor(value: object) -> Any:
     # A Call: a tensor class of the user's own, or a nested tensor.
     if not isinstance(value, TensorDescriptor | Call):
@@ -197,20 +237,20 @@ def _one_tensor(value: object) -> Any:
 
 def _parameter(work: Work, args: tuple[Any, ...]) -> Any:
     if len(_arguments(args, (1, 2), "Parameter")) == 2:
-        _flags(args[1], None, "Parameter")
+        _flags(work, args[1], None, "Parameter")
     return _one_tensor(args[0])
 
 
 def _rebuild_meta_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     dtype, shape, stride, requires_grad = _arguments(args, (4,), "_rebuild_meta_tensor_no_storage")
-    _flags(requires_grad, None, "_rebuild_meta_tensor_no_storage")
+    _flags(work, requires_grad, None, "_rebuild_meta_tensor_no_storage")
     return _without_storage(dtype, shape, stride)
 
 
 def _rebuild_wrapper_subclass(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     # (class, dtype, size, stride, offset, layout, device, requires_grad)
     _arguments(args, (8,), "_rebuild_wrapper_subclass")
-    _flags(args[7], None, "_rebuild_wrapper_subclass")
+    _flags(work, args[7], None, "_rebuild_wrapper_subclass")
     return _without_storage(args[1], args[2], args[3])
 
 
@@ -224,7 +264,7 @@ def _without_storage(dtype: object, shape: object, stride: object) -> TensorDesc
 def _rebuild_device_tensor(work: Work, args: tuple[Any, ...]) -> Any:
     # (data, dtype, device, requires_grad): the bytes are those of `data`, a tensor or an array of NumPy
     data, dtype, device, requires_grad = _arguments(args, (4,), "_rebuild_device_tensor")
-    _flags(requires_grad, None, "_rebuild_device_tensor")
+    _flags(work, requires_grad, None, "_rebuild_device_tensor")
     _dtype(dtype)
     if not isinstance(device, str | Call):
         raise PickleDefectError(f"a tensor's device is {_said(device)}")
@@ -233,11 +273,13 @@ def _rebuild_device_tensor(work: Work, args: tuple[Any, ...]) -> Any:
 
 def _rebuild_from_type(work: Work, args: tuple[Any, ...]) -> Any:
     # (function, type, its arguments, state): a tensor with attributes, or of a class of the user's own
-    function, kind, inner, _ = _arguments(args, (4,), "_rebuild_from_type_v2")
+    function, kind, inner, state = _arguments(args, (4,), "_rebuild_from_type_v2")
     if not isinstance(function, Global) or not isinstance(kind, Global) or not isinstance(inner, tuple):
         raise PickleDefectError("a tensor with attributes is built from something else")
     if function == _FROM_TYPE:
         raise PickleDefectError(f"{function} is called by itself")
+    if kind in (_TENSOR, _PARAMETER):
+        _attributes(state)
     rebuild = REBUILD.get(function)
     return Call(_FROM_TYPE, args) if rebuild is None else rebuild(work, inner)
 
@@ -269,7 +311,8 @@ def _counter(work: Work, args: tuple[Any, ...]) -> dict[Any, Any]:
     (counts,) = _arguments(args, (1,), "Counter")
     if not isinstance(counts, dict):
         raise PickleDefectError(f"a Counter is made of {_said(counts)}")
-    return counts
+    work.spend(len(counts) + 3)
+    return dict(counts)  # what is set on the dict later does not change the Counter
 
 
 def _set(work: Work, args: tuple[Any, ...]) -> set[Any]:
@@ -316,12 +359,20 @@ def _encoded(work: Work, args: tuple[Any, ...]) -> bytes:
     return text.encode("latin-1")
 
 
-def _byte_array(work: Work, args: tuple[Any, ...]) -> bytes:
+def _byte_array(work: Work, args: tuple[Any, ...]) -> bytearray:
     if len(args) == 2:
-        return _encoded(work, args)
-    if args and not isinstance(args[0], bytes):
+        return bytearray(_encoded(work, args))
+    if args and not isinstance(args[0], bytes | bytearray):
         raise PickleDefectError(f"a bytearray is made of {_said(args[0])}")  # a number: that many bytes
-    return args[0] if len(_arguments(args, (0, 1), "bytearray")) == 1 else b""
+    content = b"".join(_arguments(args, (0, 1), "bytearray"))
+    work.spend(len(content) // 64)
+    return bytearray(content)
+
+
+def _layout_value(work: Work, args: tuple[Any, ...]) -> Call:
+    call = Call(_GET_LAYOUT, args)
+    _layout(call)
+    return call
 
 
 ORDERED_DICT = Global("collections", "OrderedDict")
@@ -329,10 +380,25 @@ _GET_LAYOUT = Global("torch.serialization", "_get_layout")
 _NESTED = Global("torch._utils", "_rebuild_nested_tensor")
 _FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _DEVICE = Global("torch", "device")
+_TENSOR = Global("torch", "Tensor")
+_PARAMETER = Global("torch.nn.parameter", "Parameter")
 _NUMPY_DTYPE = Global("numpy", "dtype")
 _NUMPY_SCALAR = Global("numpy._core.multiarray", "scalar")
 _NUMPY_FORMS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u8": "Q", "b1": "?"}
 _LAYOUTS = frozenset({"strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged"})
+SEALED = frozenset({_DEVICE, _GET_LAYOUT, _NESTED})
+"""What is complete once it is made: nothing can be set on it or added to it."""
+
+_ATTRIBUTES = (
+    "H T __class__ __cuda_array_interface__ __dict__ __weakref__ _backward_hooks _base _cdata _grad _grad_fn "
+    "_has_symbolic_sizes_strides _post_accumulate_grad_hooks _python_dispatch _version data device dtype grad "
+    "grad_dtype grad_fn imag is_cpu is_cuda is_ipu is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested "
+    "is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout mH mT name names nbytes ndim "
+    "output_nr real requires_grad retains_grad shape volatile"
+)
+TENSOR_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
+"""The attributes of `torch.Tensor` that are more than an entry in its `__dict__`, which a pickler writes."""
+
 TENSOR_MODULES = frozenset({"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"})
 _STORAGES = {Global(m, name): dtype for name, dtype in STORAGE_DTYPES.items() for m in ("torch", "torch.cuda")} | {
     Global("torch.storage", "UntypedStorage"): "uint8"
@@ -343,7 +409,8 @@ REBUILD: dict[Any, Callable[[Work, tuple[Any, ...]], Any]] = {
     _FROM_TYPE: _rebuild_from_type,
     _DEVICE: _device,
     Global("torch", "Size"): _size,
-    Global("torch.nn.parameter", "Parameter"): _parameter,
+    _PARAMETER: _parameter,
+    _GET_LAYOUT: _layout_value,
     Global("collections", "Counter"): _counter,
     Global("builtins", "set"): _set,
     Global("builtins", "frozenset"): _frozen_set,

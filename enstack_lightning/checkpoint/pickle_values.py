@@ -123,6 +123,7 @@ class Unpickled:
         tensors: every tensor that it describes, also those that `value` does not lead to.
         storages: every storage that it refers to, in the order in which it first names them.
         oddities: what is valid and unusual, each with a sentence.
+        refused_opcodes: those in it that `torch.load(weights_only=True)` does not know, and ends at.
     """
 
     value: Any
@@ -130,6 +131,7 @@ class Unpickled:
     tensors: tuple[TensorDescriptor, ...]
     storages: tuple[StorageDescriptor, ...] = ()
     oddities: tuple[tuple[OddityKind, str], ...] = ()
+    refused_opcodes: tuple[int, ...] = ()
 
 
 STORAGE_DTYPES = {
@@ -195,10 +197,15 @@ CONTAINERS: Final = frozenset({list, dict, tuple, set, frozenset, Call})
 
 
 class Work:
-    """Counts what reading a pickle costs beyond one step an opcode, and keeps it bounded."""
+    """Counts what reading a pickle costs beyond one step an opcode, and keeps it bounded.
+
+    Attributes:
+        hooks: the dicts given to tensors as their backward hooks, which must still be empty at the end.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
+        self.hooks: list[Mapping[Any, Any]] = []
 
     def spend(self, steps: int) -> None:
         """Counts values copied by a rebuild function, keys that are slow to compare, wide text, sets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import enum
+import inspect
 import io
 import os
 import pickle
@@ -39,6 +40,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     read_pickle,
     read_pickle_at,
 )
+from enstack_lightning.checkpoint.pickle_rebuild import TENSOR_ATTRIBUTES
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -750,3 +752,115 @@ def _with_limit(pickled: bytes, limit: int) -> PickleDefectError:
     with pytest.raises(PickleDefectError) as caught:
         read_pickle(pickled, max_opcodes=limit)
     return caught.value
+
+
+# What torch would load as something else than it seems, or not at all
+
+
+def called(name: str, *args: bytes) -> bytes:
+    return named(name) + b"(" + b"".join(args) + b"tR"
+
+
+def mapping(*entries: bytes) -> bytes:
+    return b"}(" + b"".join(entries) + b"u"
+
+
+def with_last(argument: bytes) -> bytes:
+    """A tensor whose call has `argument` after its hooks: its metadata."""
+    return tensor()[:-2] + argument + b"tR"
+
+
+HOOKS = named("collections.OrderedDict") + b")R"
+ODD_CALLS = {
+    "data of a parameter": (
+        called("torch._utils._rebuild_parameter_with_state", tensor(), b"\x89", HOOKS, mapping(text("data"), tensor())),
+        "sets its data",
+    ),
+    "slots of a parameter": (
+        called(
+            "torch._utils._rebuild_parameter_with_state",
+            tensor(),
+            b"\x89",
+            HOOKS,
+            b"N" + mapping(text("grad"), tensor()) + b"\x86",
+        ),
+        "sets its grad",
+    ),
+    "data of a tensor": (
+        called(
+            "torch._tensor._rebuild_from_type_v2",
+            named("torch._utils._rebuild_tensor_v2"),
+            named("torch.Tensor"),
+            tensor()[len(named("torch._utils._rebuild_tensor_v2")) : -1],
+            mapping(text("data"), tensor()),
+        ),
+        "sets its data",
+    ),
+    "hooks": (tensor()[: -len(HOOKS) - 2] + mapping(b"K\x00", named("builtins.set")) + b"tR", "backward hooks"),
+    "hooks set later": (
+        b"(" + tensor()[: -len(HOOKS) - 2] + b"}q\x07" + b"tR" + b"h\x07K\x00N" + b"st",
+        "backward hooks",
+    ),
+    "a conjugated float": (with_last(mapping(text("conj"), b"\x88")), "conjugated"),
+    "metadata that is no flag": (with_last(mapping(text("other"), tensor())), "metadata"),
+    "methods of a state dict": (
+        HOOKS + mapping(text("items"), named("builtins.set")) + b"b",
+        "hide its own methods",
+    ),
+    "attributes of a dict": (b"}" + mapping(text("_metadata"), b"}") + b"b", "BUILD on a dict"),
+    "a bytearray as a key": (mapping(called("builtins.bytearray"), b"K\x01"), "bytearray is used as a key"),
+    "a scheme of quantization": (called("torch.per_tensor_affine"), "is called"),
+    "a layout that is none": (called("torch.serialization._get_layout", text("torch.odd")), "layout"),
+    "an entry of a device": (called("torch.device", text("cpu")) + b"K\x01K\x01s", "no place for it"),
+    "an item of a device": (called("torch.device", text("cpu")) + b"K\x01a", "no place for it"),
+    "the state of a device": (called("torch.device", text("cpu")) + b"}b", "no place for it"),
+    "a sparse tensor of other dimensions": (
+        called(
+            "torch._utils._rebuild_sparse_tensor",
+            called("torch.serialization._get_layout", text("torch.sparse_coo")),
+            tensor() + tensor() + b"K\x09\x85" + b"\x87",
+        ),
+        "sparse_coo",
+    ),
+    "a quantized tensor of floats": (
+        called(
+            "torch._utils._rebuild_qtensor", storage(), b"K\x00", b"K\x06\x85", b"K\x01\x85", b"NNN\x87", b"\x89", HOOKS
+        ),
+        "quantized tensor",
+    ),
+    "a storage on no device": (storage(location="meta"), "meta device"),
+}
+
+
+@pytest.mark.parametrize("what", ODD_CALLS)
+def test_what_would_load_as_something_else_is_a_defect(what: str) -> None:
+    pickled, message = ODD_CALLS[what]
+    assert message in str(defect(b"\x80\x02" + pickled + b"."))
+
+
+def test_attributes_of_ones_own_on_parameters_and_dicts_are_no_defect() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.decays = True  # type: ignore[attr-defined]
+    weights = torch.nn.Linear(2, 2).state_dict()
+    read = read_pickle(
+        torch_pickle({"own": parameter, "weights": weights, "lazy": torch.ones(2, dtype=torch.cfloat).conj()})
+    )
+    assert len(read.storages) == 4
+
+
+def test_the_attributes_that_a_state_must_not_set_are_those_of_torch() -> None:
+    own = {name for name in dir(torch.Tensor) if hasattr(type(inspect.getattr_static(torch.Tensor, name)), "__set__")}
+    assert own <= TENSOR_ATTRIBUTES
+
+
+def test_a_counter_does_not_change_with_the_dict_that_it_was_made_of() -> None:
+    counted = b"}q\x01K\x03K\x01s"
+    pickled = b"(" + named("collections.Counter") + counted + b"\x85Rh\x01K\x04K\x01st"
+    counter, source = read_pickle(b"\x80\x02" + pickled + b".").value
+    assert (counter, source) == ({3: 1}, {3: 1, 4: 1})
+
+
+def test_opcodes_that_a_safe_load_ends_at_are_told() -> None:
+    weights = {"w": torch.ones(2), "text": "a" * 300}
+    assert not read_pickle(torch_pickle(weights, protocol=2)).refused_opcodes
+    assert read_pickle(torch_pickle(weights, protocol=4)).refused_opcodes == (0x8C, 0x93, 0x94, 0x95)
