@@ -23,6 +23,19 @@ class CheckpointGuardError(EnStackError):
     """`CheckpointGuard` stopped a run before it could do harm."""
 
 
+class CheckpointSaveError(CheckpointGuardError, OSError):
+    """A checkpoint was not saved; the one that stood there before is untouched.
+
+    Args:
+        message: what was not saved, why, and what still stands.
+        errno: the system's number for it, where the system refused.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 class DataError(EnStackError, ValueError):
     """A data file, a column or a row is not what training needs."""
 

@@ -10,13 +10,17 @@ save, a file that is gone. For a file `NAME` it is `NAME.manifest.json`, for a f
       "format": "enstack",
       "global_step": null,
       "epoch": 3,
+      "fingerprints": {"config": "<of the hyper-parameters>", "data/train": "<of the rows>"},
+      "versions": {"torch": "2.13.0", "lightning": "2.6.6"},
       "files": [
         {"name": "config.json", "size": 772, "blake3": "<64 hexadecimal digits>"},
         ...
       ]
     }
 
-`name` is relative to the manifest's own folder and has `/` between its parts; `blake3` is what `b3sum` prints. A digest
+`name` is relative to the manifest's own folder and has `/` between its parts; `blake3` is what `b3sum` prints;
+`fingerprints` and `versions` are there where the writer knew them. The manifest of a link is that of the file it leads
+to. A digest
 shows accidents: who can change a checkpoint and its manifest can make them agree.
 """
 
@@ -26,8 +30,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +71,8 @@ class Manifest:
     global_step: int | None = None
     epoch: int | None = None
     format: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class ManifestDefectError(ValueError):
@@ -93,6 +99,10 @@ def write_manifest(
     format: str = "",
     global_step: int | None = None,
     epoch: int | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    versions: Mapping[str, str] | None = None,
+    known: ManifestEntry | None = None,
+    write: Callable[[Path, bytes], None] | None = None,
 ) -> Path:
     """Reads every byte of a checkpoint and writes its manifest, in place of an older one.
 
@@ -105,6 +115,11 @@ def write_manifest(
         format: the checkpoint's format, as a report names it.
         global_step: optimizer steps taken, as the checkpoint says.
         epoch: likewise.
+        fingerprints: of the configuration and the data that the checkpoint was trained with, by name.
+        versions: of the libraries that wrote it, by name.
+        known: size and digest of a checkpoint of one file, where they were taken while it was written; then no byte
+            of it is read.
+        write: writes a small file so that it is whole or absent at every moment.
 
     Returns:
         The manifest's path.
@@ -116,9 +131,11 @@ def write_manifest(
     """
     location = _writable_location(path)
     try:
-        entries = tuple(_digest(name, file, location, progress) for name, file in _files(location))
+        digests = (_digest(name, file, location, progress) for name, file in _files(location))
+        entries = (known,) if known is not None else tuple(digests)
         target = manifest_path(path)
-        _write_atomically(target, _as_json(Manifest(entries, global_step, epoch, format)))
+        manifest = Manifest(entries, global_step, epoch, format, fingerprints or {}, versions or {})
+        (write or _write_atomically)(target, _as_json(manifest))
     except _UnfitError as e:
         raise CheckpointError(f"{path} gets no manifest: {e}") from e
     except OSError as e:
@@ -368,6 +385,8 @@ def _manifest_location(location: Location) -> Location:
     if isinstance(location, RemoteLocation):
         return RemoteLocation(location.url + MANIFEST_SUFFIX, location.filesystem, location.path + MANIFEST_SUFFIX)
     assert isinstance(location, LocalLocation)
+    if location.path.is_symlink() and (of_target := manifest_path(location.path.resolve())).exists():
+        return LocalLocation(of_target)
     return LocalLocation(manifest_path(location.path))
 
 
@@ -375,7 +394,9 @@ def _folder_of(location: Location) -> Location | None:
     """The folder that a checkpoint's manifest stands in, where links can lead out of it."""
     if location.is_folder() or not isinstance(location, LocalLocation):
         return location
-    return LocalLocation(location.path.parent)
+    beside = _manifest_location(location)
+    assert isinstance(beside, LocalLocation)
+    return LocalLocation(beside.path.parent)
 
 
 def _writable_location(path: str | os.PathLike[str]) -> LocalLocation:
@@ -396,6 +417,8 @@ def _as_json(manifest: Manifest) -> bytes:
         "format": manifest.format,
         "global_step": manifest.global_step,
         "epoch": manifest.epoch,
+        "fingerprints": dict(manifest.fingerprints),
+        "versions": dict(manifest.versions),
         "files": [entry._asdict() for entry in manifest.files],
     }
     return (json.dumps(content, indent=2) + "\n").encode()
@@ -447,7 +470,8 @@ def _checked(content: Any) -> Manifest:
     form = content.get("format", "")
     if not isinstance(form, str):
         raise ManifestDefectError("its format is no text")
-    return Manifest(entries, _count(content, "global_step"), _count(content, "epoch"), form)
+    counts = _count(content, "global_step"), _count(content, "epoch")
+    return Manifest(entries, *counts, form, _texts(content, "fingerprints"), _texts(content, "versions"))
 
 
 def _checked_entry(entry: object) -> ManifestEntry:
@@ -468,6 +492,13 @@ def _count(content: dict[str, Any], key: str) -> int | None:
     if value is not None and type(value) is not int:
         raise ManifestDefectError(f"its {key} is {value!r:.50}, which is no whole number")
     return value
+
+
+def _texts(content: dict[str, Any], key: str) -> dict[str, str]:
+    values = content.get(key, {})
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ManifestDefectError(f"its {key} are no object of texts")
+    return values
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,16 +42,17 @@ def verify_checkpoint(
     """
     began = time.perf_counter()
     deep = DeepRead(progress) if options is not None and options.deep else None
-    return report_on(lambda: _facts_at(path, deep), str(path), options, began)
+    digests = options is not None and (options.deep or options.digests)
+    return report_on(lambda: _facts_at(path, deep, digests), str(path), options, began)
 
 
-def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None) -> Facts:
+def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None, digests: bool) -> Facts:
     try:
         location = locate(path)
     except CheckpointError as e:
         return Facts(str(path), defects=(Defect(DefectKind.UNREADABLE, str(path), str(e)),))
     facts = read_facts(location, deep)
-    manifest = compare_manifest(location, deep is not None, deep.progress if deep else None)
+    manifest = compare_manifest(location, digests, deep.progress if deep else None)
     return facts if manifest is None else dataclasses.replace(facts, manifest=manifest)
 
 

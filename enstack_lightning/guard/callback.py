@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +19,7 @@ from enstack_lightning.checkpoint import (
     verify_checkpoint,
 )
 from enstack_lightning.errors import CheckpointGuardError
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
 from enstack_lightning.guard.choice import Fallback, choose, set_aside, what_it_costs, why_refused
 from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
 from enstack_lightning.guard.loader_position import restore_loader_position
@@ -55,6 +55,11 @@ class CheckpointGuard(Callback):
         lr_bounds: lowest and highest learning rate to go on with. Default: 1e-8 and twice the initial one.
         allow_globals: names (`module.Class`) of your own classes in the checkpoint that you vouch for. torch must be
             told too, with `torch.serialization.add_safe_globals` or `weights_only=False`.
+        deep: how a checkpoint is verified before it is loaded. "manifest": quickly, and every byte's digest where a
+            manifest stands beside it, as it does beside what the guard saved; true: every byte in any case; false:
+            quickly, and the sizes of the manifest.
+        verify_after_save: read every checkpoint back from the disk before it takes its place, and compare it with what
+            was written.
         fallback: what happens when the checkpoint to resume from must not be used. "none": the run ends. "previous":
             the newest good checkpoint of the same folder is loaded, and what is damaged is renamed to `*.corrupt`;
             a warning says which, why, and how many steps that costs. Evaluation never falls back: its figures would be
@@ -74,6 +79,8 @@ class CheckpointGuard(Callback):
         step_tolerance: int | None = None,
         lr_bounds: tuple[float, float] | None = None,
         allow_globals: list[str] | None = None,
+        deep: bool | Literal["manifest"] = "manifest",
+        verify_after_save: bool = False,
         fallback: Fallback = "none",
     ) -> None:
         super().__init__()
@@ -83,10 +90,19 @@ class CheckpointGuard(Callback):
             raise CheckpointGuardError(f"lr_bounds are {lr_bounds} and must be two numbers, the lower one first")
         if fallback not in get_args(Fallback):
             raise CheckpointGuardError(f"fallback is {fallback!r} and must be one of {', '.join(get_args(Fallback))}")
+        if deep not in (True, False, "manifest"):
+            raise CheckpointGuardError(f"deep is {deep!r} and must be 'manifest', true or false")
         self.strict = strict
+        self.verify_after_save = verify_after_save
+        self._checkpoint_io: GuardedCheckpointIO | None = None
         self.fallback: Fallback = fallback
         self.report: Report | None = None
-        self._options = Options(tolerance=step_tolerance, allow_globals=frozenset(allow_globals or ()))
+        self._options = Options(
+            tolerance=step_tolerance,
+            deep=deep is True,
+            digests=deep == "manifest",
+            allow_globals=frozenset(allow_globals or ()),
+        )
         if lr_bounds is not None:
             self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
         self._loaded: Facts | None = None
@@ -100,10 +116,9 @@ class CheckpointGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
         self._random_state = None
-        inner = trainer.strategy.checkpoint_io
-        if isinstance(inner, GuardedCheckpointIO):
-            inner = inner.checkpoint_io
-        trainer.strategy.checkpoint_io = GuardedCheckpointIO(inner, lambda path: self._verify_file(trainer, path))
+        self._checkpoint_io = guard_checkpoint_io(
+            trainer.strategy, lambda path: self._verify_file(trainer, path), self._options, self.verify_after_save
+        )
         self._decision = Decision(None)
         guard_loading(trainer, lambda path: self._judge(trainer, path), self._accept)
 
@@ -154,6 +169,8 @@ class CheckpointGuard(Callback):
             self._loaded = loaded
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._checkpoint_io is not None:
+            remove_all_leftovers(trainer, self._checkpoint_io)
         self._configured_lrs = learning_rates(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

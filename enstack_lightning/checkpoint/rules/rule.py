@@ -31,6 +31,7 @@ class Options:
         min_lr: learning rates below this are suspicious.
         max_lr: learning rates above this are suspicious. None: twice the initial learning rate.
         deep: read every byte: compare all checksums and digests, find values that are not finite.
+        digests: compare the digests of a manifest that stands beside the checkpoint; `deep` does so too.
         allow_globals: names (`module.name`) of classes of the user's own, which he vouches for.
         select: codes, or beginnings of codes, of the rules to apply; empty for all of them.
         ignore: codes, or beginnings of codes, of the rules to leave out.
@@ -42,6 +43,7 @@ class Options:
     min_lr: float = 1e-8
     max_lr: float | None = None
     deep: bool = False
+    digests: bool = False
     allow_globals: frozenset[str] = frozenset()
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -1,0 +1,163 @@
+"""Which checkpoints of a run verified, and whether one may go: the last that verified stays, whoever asks.
+
+What is asked to go too early is kept, and goes once another checkpoint that verified stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
+from enstack_lightning.checkpoint.location import is_url
+from enstack_lightning.guard.saving import same_file
+
+Judge = Callable[[str, Options], Report]
+
+RESUMABLE, USABLE, BAD = 2, 1, 0
+"""A checkpoint that training can resume from, one for inference only, one that does not verify."""
+
+
+class Retention:
+    """Remembers what verified; safe to ask from several threads.
+
+    Args:
+        options: how checkpoints are judged, quickly.
+        judge: verifies a path.
+    """
+
+    def __init__(self, options: Options, judge: Judge = verify_checkpoint) -> None:
+        self._options = options
+        self._judge = judge
+        self._levels: dict[str, tuple[object, int]] = {}
+        self._kept: dict[str, None] = {}
+        self._announced: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
+        self._lock = threading.RLock()
+        self.judge_by(options)
+
+    def judge_by(self, options: Options) -> None:
+        """Judges by these options from now on; what was judged by others is judged anew."""
+        with self._lock:
+            quick = dataclasses.replace(options, deep=False, purpose="resume")
+            if quick != self._options:
+                self._options = quick
+                self._levels = dict.fromkeys(self._levels, (None, BAD))
+
+    def announce(self, path: str) -> None:
+        """Remembers that a save to `path` is queued: what is asked to go before it stands, goes after."""
+        with self._lock:
+            self._announced[path] += 1
+            self._unwanted.discard(path)
+
+    def settle(self, path: str) -> None:
+        """Remembers that a save is over, well or not."""
+        with self._lock:
+            self._unwanted.discard(path)
+            if self._announced[path] > 0:
+                self._announced[path] -= 1
+
+    def level(self, path: str) -> tuple[int, Report]:
+        """How good the checkpoint at `path` is, and the report that says why."""
+        report = self._judge(path, self._options)
+        if report.verdict is not Verdict.FAIL and report.resume is not None and report.resume.kind != "not-resumable":
+            return RESUMABLE, report
+        for_inference = self._judge(path, dataclasses.replace(self._options, purpose="inference"))
+        return (BAD if for_inference.verdict is Verdict.FAIL else USABLE), report
+
+    def saved(self, path: str, level: int) -> list[str]:
+        """Remembers that a checkpoint of this level was just saved at `path`.
+
+        Returns:
+            The checkpoints that were kept for want of another one, and may go now.
+        """
+        with self._lock:
+            self._kept.pop(path, None)
+            if path in self._unwanted:
+                self._kept[path] = None
+            self._levels[path] = _signature(path), level
+            return [kept for kept in self._kept if self._is_spare(kept)]
+
+    def may_remove(self, path: str) -> bool:
+        """Whether a checkpoint may go: it is a link, it does not verify, or another one as good stands.
+
+        One that may not is remembered, for `saved` to name it later.
+        """
+        with self._lock:
+            if self._announced[path] > 0:
+                self._unwanted.add(path)
+                return False
+            if self._is_spare(path):
+                return True
+            self._kept[path] = None
+            return False
+
+    def removed(self, path: str) -> None:
+        """Forgets a checkpoint that is gone."""
+        with self._lock:
+            self._kept.pop(path, None)
+            self._levels.pop(path, None)
+
+    def level_now(self, path: str) -> int:
+        """How good the checkpoint is that stands at `path`; judged anew only if it has changed."""
+        with self._lock:
+            signature = _signature(path)
+            if signature is None:
+                self._levels.pop(path, None)
+                return BAD
+            if path not in self._levels or self._levels[path][0] != signature:
+                self._levels[path] = signature, self.level(path)[0]
+            return self._levels[path][1]
+
+    def is_last_good(self, path: str) -> bool:
+        """Whether no other checkpoint as good as that at `path` is known."""
+        with self._lock:
+            return self.level_now(path) > BAD and not self._is_spare(path)
+
+    def newest_good(self, besides: str = "") -> str:
+        """The checkpoint saved last, of those that verified; empty where there is none."""
+        with self._lock:
+            return next((p for p in reversed(self._levels) if p != besides and self.level_now(p) > BAD), "")
+
+    def _is_spare(self, path: str) -> bool:
+        if not is_url(path) and (os.path.islink(path) or not os.path.lexists(path)):  # noqa: PTH114
+            return True
+        level = self.level_now(path)
+        return level == BAD or any(self.level_now(other) >= level for other in self._others(path))
+
+    def _others(self, path: str) -> Iterator[str]:
+        """Checkpoints that are no other name of `path`: those saved by this run, newest first, and those beside it."""
+        seen = {_real(path)}
+        beside = () if is_url(path) else map(str, find_checkpoints(Path(path).parent))
+        for other in (*reversed(self._levels), *beside):
+            if _real(other) not in seen:
+                seen.add(_real(other))
+                yield other
+
+
+def _real(path: str) -> str:
+    return path if is_url(path) else os.path.realpath(path)
+
+
+def _signature(path: str) -> object:
+    """What changes when the checkpoint does; None where none stands."""
+    if is_url(path):
+        return _exists(path) or None
+    try:
+        return same_file(Path(path))
+    except OSError:
+        return None
+
+
+def _exists(url: str) -> bool:
+    from enstack_lightning.checkpoint.location import locate
+    from enstack_lightning.errors import CheckpointError
+
+    try:
+        return locate(url).exists()
+    except (OSError, CheckpointError):
+        return False
