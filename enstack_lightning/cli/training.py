@@ -23,12 +23,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from enstack_lightning.checkpoint import Options, failure_of, verify_checkpoint
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
+from enstack_lightning.guard.choice import Fallback, choose, choose_newest
 from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42
@@ -78,6 +80,7 @@ class EnStackCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._saved: Mapping[str, Any] = {}
+        self._automatic: str | None = None
         super().__init__(
             VulnerabilityClassifier,
             VulnerabilityDataModule,
@@ -122,11 +125,33 @@ class EnStackCLI(LightningCLI):
         self.config = parser.parse_args(args)
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
+        if path == "auto":
+            path = self._automatic = self._newest_checkpoint(subcommand)
         if not path or path in ("last", "best", "hpc") or "://" in path:
             return  # the Trainer finds out which file that is, and the guard verifies it then
         self._saved = _verified_entries(path, subcommand, self.config[subcommand].checkpoint_guard)
         self._subcommand_parsers[subcommand].set_defaults(_saved_options(self._saved))
         self.config = parser.parse_args(args)
+
+    def _newest_checkpoint(self, subcommand: str) -> str | None:
+        """The newest good checkpoint of the run's folders; None for a fresh start.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is good, or there is nothing to evaluate.
+        """
+        config = self.config[subcommand]
+        folders = [config[name].dirpath or _folder_of_run(config) for name in _CHECKPOINTS]
+        options = _options_of(subcommand, config.checkpoint_guard)
+        newest = choose_newest(folders, lambda path: verify_checkpoint(path, options), config.checkpoint_guard.strict)
+        if newest is not None:
+            plan = f": {newest.resume.sentence}" if newest.resume is not None else ""
+            rank_zero_info(f"ckpt_path auto   {newest.path}{plan}")
+            return newest.path
+        where = ", ".join(dict.fromkeys(folders))
+        if subcommand != "fit":
+            raise CheckpointError(f"--ckpt_path auto found no checkpoint in {where}: name one")
+        rank_zero_info(f"ckpt_path auto   none in {where}: a fresh start")
+        return None
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would load the whole checkpoint here, and let it override the command line."""
@@ -141,7 +166,7 @@ class EnStackCLI(LightningCLI):
             config.data.tokenizer = config.model.model_name_or_path
         for name in _CHECKPOINTS:
             if config[name].dirpath is None:
-                config[name].dirpath = str(Path(config.trainer.default_root_dir or ".") / "checkpoints")
+                config[name].dirpath = _folder_of_run(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         on_terminal = sys.stdout.isatty()
@@ -165,13 +190,19 @@ class EnStackCLI(LightningCLI):
 
     # Running
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if arguments.get("ckpt_path") == "auto":  # the saved config keeps the word, for the next start
+            arguments["ckpt_path"] = self._automatic
+        return arguments
+
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as e:
             if not str(e).startswith("Error(s) in loading state_dict"):
                 raise
-            raise CheckpointError(_mismatch(str(e), self.config[subcommand].ckpt_path)) from e
+            raise CheckpointError(_mismatch(str(e), self.trainer.ckpt_path)) from e
 
 
 class EpochLines(Callback):
@@ -204,14 +235,30 @@ def _verified_entries(path: str, subcommand: str, guard: Any) -> Mapping[str, An
     Raises:
         CheckpointError: The checkpoint has errors.
     """
-    options = Options(purpose="resume" if subcommand == "fit" else "inference", tolerance=guard.step_tolerance)
-    report = verify_checkpoint(path, options)
-    if not report.accepted(strict=False):
-        raise failure_of(report)
+    options = _options_of(subcommand, guard)
+    fallback: Fallback = guard.fallback if subcommand == "fit" else "none"
+    if fallback == "none":
+        report = verify_checkpoint(path, options)
+        if not report.accepted(strict=False):
+            raise failure_of(report)
+    else:  # the guard will come to the same choice, and set aside what is damaged
+        path = choose(path, lambda p: verify_checkpoint(p, options), fallback, guard.strict).path
     if not Path(path).is_file():
         raise CheckpointError(f"checkpoint {path} is a folder; resume from a Lightning .ckpt file")
     entries: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return entries
+
+
+def _options_of(subcommand: str, guard: Any) -> Options:
+    return Options(
+        purpose="resume" if subcommand == "fit" else "inference",
+        tolerance=guard.step_tolerance,
+        allow_globals=frozenset(guard.allow_globals or ()),
+    )
+
+
+def _folder_of_run(config: Any) -> str:
+    return str(Path(config.trainer.default_root_dir or ".") / "checkpoints")
 
 
 def _saved_options(entries: Mapping[str, Any]) -> dict[str, Any]:
