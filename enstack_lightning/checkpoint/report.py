@@ -45,7 +45,7 @@ class Coverage:
     manifest: ManifestFacts | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The findings on one checkpoint and what resuming from it will do.
 
@@ -101,6 +101,15 @@ class Report:
     def accepted(self, strict: bool) -> bool:
         """Whether the checkpoint may be used: no error, and with `strict` no warning."""
         return self.verdict is Verdict.PASS or (self.verdict is Verdict.WARN and not strict)
+
+    def __repr__(self) -> str:
+        return f"<Report on {self.path!r}: {self.verdict}>"
+
+    def __str__(self) -> str:
+        """The report as `enstack verify` prints it."""
+        from enstack_lightning.checkpoint.rendering.text import to_text
+
+        return to_text(self)
 
     def _repr_html_(self) -> str:
         """The report in a notebook."""

@@ -68,6 +68,8 @@ def _within(path: str) -> Iterator[str]:
 
 
 def _is_folder_of_checkpoints(path: str) -> bool:
+    if not path:
+        return False  # it would be the folder that the process happens to be in
     try:
         location = locate(path)
         return location.is_folder() and not is_checkpoint_folder(location)

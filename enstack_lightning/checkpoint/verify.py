@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -34,23 +35,32 @@ def verify_checkpoint(
         progress: called with the number of bytes just read of a deep verification, from any thread.
 
     Returns:
-        The report. A checkpoint that cannot be read or understood fails; this function does not raise for it.
+        The report, which `print` shows as text and a notebook as a page. A checkpoint that cannot be read or understood
+        fails; this function does not raise for it.
 
     Example:
         >>> verify_checkpoint("does-not-exist.ckpt").verdict
         <Verdict.FAIL: 'fail'>
     """
     began = time.perf_counter()
+    place = os.fspath(path)
+    if not isinstance(place, str):
+        raise TypeError(f"path must be a str or a Path, not {type(place).__name__}")
     deep = DeepRead(progress) if options is not None and options.deep else None
     digests = options is not None and (options.deep or options.digests)
-    return report_on(lambda: _facts_at(path, deep, digests), str(path), options, began)
+    return report_on(lambda: _facts_at(place, deep, digests), place, options, began)
 
 
-def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None, digests: bool) -> Facts:
+def _facts_at(path: str, deep: DeepRead | None, digests: bool) -> Facts:
+    if not path:
+        empty = "it is empty; is a variable of the script unset?"
+        return Facts(path, defects=(Defect(DefectKind.MISSING, "path", empty),))
+    if glob.has_magic(path) and not _exists(path):
+        return Facts(path, defects=(Defect(DefectKind.MISSING, path, "nothing matches this pattern"),))
     try:
         location = locate(path)
     except CheckpointError as e:
-        return Facts(str(path), defects=(Defect(DefectKind.UNREADABLE, str(path), str(e)),))
+        return Facts(path, defects=(Defect(DefectKind.UNREADABLE, path, str(e)),))
     facts = read_facts(location, deep)
     manifest = compare_manifest(location, digests, deep.progress if deep else None)
     return facts if manifest is None else dataclasses.replace(facts, manifest=manifest)
@@ -58,6 +68,12 @@ def _facts_at(path: str | os.PathLike[str], deep: DeepRead | None, digests: bool
 
 def quick_verify_checkpoint(path: str | os.PathLike[str]) -> Report:
     """Verifies a checkpoint before it is loaded, and raises when it must not be.
+
+    Args:
+        path: file, folder or URL.
+
+    Returns:
+        The report; it may hold warnings.
 
     Raises:
         CheckpointNotFoundError: nothing stands at `path` (also a `FileNotFoundError`).
@@ -70,7 +86,20 @@ def quick_verify_checkpoint(path: str | os.PathLike[str]) -> Report:
 
 
 def find_last_good(folder: str | os.PathLike[str], options: Options | None = None) -> Report | None:
-    """The report on the newest checkpoint below `folder` that training can resume from; None when there is none."""
+    """The report on the newest checkpoint below `folder` that training can resume from.
+
+    Args:
+        folder: where to look, with the folders in it.
+        options: how deep to look, tolerances.
+
+    Returns:
+        The report, whose `path` is the checkpoint's. None when there is none, also where there is no folder yet, as
+        before a run's first save.
+
+    Example:
+        >>> find_last_good("does-not-exist") is None
+        True
+    """
     return newest_good(verify_checkpoint(p, options) for p in find_checkpoints(folder))
 
 

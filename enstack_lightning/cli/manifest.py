@@ -11,6 +11,7 @@ from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, jud
 from enstack_lightning.checkpoint.deep import Progress
 from enstack_lightning.checkpoint.manifest import write_manifest
 from enstack_lightning.checkpoint.search import checkpoints_at
+from enstack_lightning.checkpoint.wording import many, size
 from enstack_lightning.cli.progress import ProgressBar, bytes_to_read, wants_progress
 from enstack_lightning.errors import CheckpointError
 
@@ -35,7 +36,7 @@ def _write_all(paths: Sequence[str], deep: bool, bar: ProgressBar | None) -> int
         if report.verdict is Verdict.FAIL:
             errors = report.of(Severity.ERROR)
             said = f"{errors[0].code} {errors[0].message}" if errors else "nothing in it could be verified"
-            more = f" (and {len(errors) - 1:,} more errors)" if len(errors) > 1 else ""
+            more = f" (and {many(len(errors) - 1, 'more error')})" if len(errors) > 1 else ""
             print(f"enstack manifest: {path} gets no manifest, as it fails: {said}{more}", file=sys.stderr)
             refused += 1
             continue
@@ -44,7 +45,7 @@ def _write_all(paths: Sequence[str], deep: bool, bar: ProgressBar | None) -> int
             if bar:
                 bar.advance()
                 bar.clear()
-            print(f"{written}  {_size(sum(f.size for f in report.facts.files))}", flush=True)
+            print(f"{written}  {size(sum(f.size for f in report.facts.files))}", flush=True)
         except CheckpointError as e:
             print(f"enstack manifest: {e}", file=sys.stderr)
             refused += 1
@@ -65,10 +66,6 @@ def _write(path: str, report: Report, read: Progress | None) -> str:
     facts, counters = report.facts, report.facts.progress
     written = write_manifest(path, read, format=facts.format, global_step=counters.global_step, epoch=counters.epoch)
     return str(written)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 10_000 else f"{count:,} bytes"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,13 +80,14 @@ def output_to(path: str | None) -> Iterator[Output]:
 
 
 def style_of(stream: IO[str] | None) -> Style:
-    """How text on a stream may look: colour and characters beyond ASCII are for terminals.
+    """How text on a stream may look: colour, characters beyond ASCII and folded lines are for terminals.
 
     `NO_COLOR` takes colour away, `FORCE_COLOR` gives it anywhere (https://no-color.org, https://force-color.org).
     """
     terminal = stream is not None and stream.isatty()
     colour = bool(os.environ.get("FORCE_COLOR")) or (terminal and os.environ.get("TERM") != "dumb")
-    return Style(colour=colour and not os.environ.get("NO_COLOR"), unicode=terminal and _is_utf8(stream))
+    columns = shutil.get_terminal_size(fallback=(0, 0)).columns if terminal else 0
+    return Style(colour and not os.environ.get("NO_COLOR"), terminal and _is_utf8(stream), columns)
 
 
 def _is_utf8(stream: IO[str] | None) -> bool:

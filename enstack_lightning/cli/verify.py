@@ -219,7 +219,7 @@ def _codes(option: str, given: Sequence[str]) -> tuple[str, ...]:
     codes = tuple(code for text in given for part in text.split(",") if (code := part.strip().upper()))
     for code in codes:
         if not any(known.startswith(code) for known in RULES):
-            raise WrongCallError(f"{option} {code}: no rule's code begins so; there are {', '.join(sorted(RULES))}")
+            raise WrongCallError(f"{option} {code}: no rule's code is or begins so; `enstack rules` lists them")
     return codes
 
 
@@ -266,11 +266,13 @@ def _parser() -> argparse.ArgumentParser:
         "gives one line each and names the newest good one.",
         epilog="Exit status: 0 pass (warnings allowed), 1 fail (any error; with --strict any warning), 2 wrong call.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint, folder of checkpoints, pattern or URL")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="checkpoint, folder of checkpoints, quoted pattern or URL"
+    )
     parser.add_argument("--deep", action="store_true", help="read every byte: compare checksums, find NaN and infinity")
     parser.add_argument("--strict", action="store_true", help="warnings fail the verification too")
-    parser.add_argument("--format", choices=tuple(_WRITERS), default="text", help="form of the report")
-    parser.add_argument("--output", metavar="FILE", help="write the report to a file")
+    parser.add_argument("--format", choices=tuple(_WRITERS), default="text", help="form of the report (default: text)")
+    parser.add_argument("--output", metavar="FILE", help="write the report to a file instead of standard output")
     parser.add_argument(
         "--for",
         dest="purpose",
@@ -293,7 +295,9 @@ def _parser() -> argparse.ArgumentParser:
         help="apply only these rules: codes or their beginnings, with commas (CK4,CK501); `enstack rules` lists them",
     )
     parser.add_argument("--ignore", action="append", default=[], metavar="CODES", help="leave these rules out")
-    parser.add_argument("--config", metavar="RUN.yaml", help="compare with the run that is to resume (CK9xx)")
+    parser.add_argument(
+        "--config", metavar="RUN.yaml", help="compare with the configuration of the run that is to resume"
+    )
     parser.add_argument(
         "--allow-global",
         action="append",
@@ -303,8 +307,8 @@ def _parser() -> argparse.ArgumentParser:
         help="vouch for a class of your own that the checkpoint names; repeatable",
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("-q", "--quiet", action="store_true", help="verdict and path only")
-    amount.add_argument("-v", "--verbose", action="store_true", help="list every rule that passed")
+    amount.add_argument("-q", "--quiet", action="store_true", help="verdict and path only (text)")
+    amount.add_argument("-v", "--verbose", action="store_true", help="list every rule that passed (text)")
     return parser
 
 

@@ -274,6 +274,56 @@ def test_colour_changes_nothing_but_the_colour(reports: list[Report]) -> None:
         assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == to_text(made)
 
 
+def test_a_folded_report_says_what_the_whole_one_says(reports: list[Report]) -> None:
+    for made in reports:
+        folded = to_text(made, text.Style(columns=60))
+        assert folded.split() == to_text(made).split()
+        assert max(len(line) for line in folded.splitlines()[2:]) <= 60 or made.path in folded
+
+
+def test_three_dots_stay_three_dots_without_a_terminal() -> None:
+    assert text.PLAIN.line("a, b, \u2026 \u6a21") == "a, b, ... \\u6a21"
+
+
+def test_damage_is_not_followed_by_the_word_safe(reports: list[Report]) -> None:
+    good, damaged = to_text(reports[0]), to_text(reports[2])
+    assert "safe to load: all 4 names in its pickle are allowed by weights_only=True" in good
+    assert "safe to load" not in damaged
+    assert " 8 safety          pass     all 4 names in its pickle are allowed by weights_only=True" in damaged
+
+
+def test_one_is_never_called_several(reports: list[Report]) -> None:
+    for made in reports:
+        for said in (f.message + f.hint for f in made.findings):
+            assert "(s)" not in said
+            assert not re.search(r"(?<![\d,.])\b1 \w+s\b", said), said
+    assert "1 checks passed" not in html.to_html(reports)
+
+
+def test_what_holds_no_pickle_is_safe_to_load(reports: list[Report]) -> None:
+    facts = Facts("m.safetensors", Format.SAFETENSORS, (FileFacts("m.safetensors", 900),), model_only=True)
+    said = to_text(report(finding("CK205", Severity.ERROR), facts=facts))
+    assert " 8 safety          pass     safe to load: no pickle in it names anything to import" in said
+    assert " 5 optimizer       -        none: the checkpoint is a model alone" in said
+
+
+def test_a_configuration_without_anything_to_compare_is_not_asked_for_again() -> None:
+    said = to_text(report(finding("CK107", Severity.PASS), run_config={"trainer": {"logger": False}}))
+    assert "10 drift           -        not compared: --config sets nothing that the checkpoint tells of" in said
+
+
+def test_a_report_prints_as_its_text_and_is_short_in_a_debugger(reports: list[Report]) -> None:
+    assert str(reports[0]) == to_text(reports[0])
+    assert repr(reports[0]) == f"<Report on {reports[0].path!r}: pass>"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0002, "less than 1 ms"), (0.0123, "12 ms"), (2.5, "2,500 ms"), (75.04, "75.0 s")]
+)
+def test_times_are_said_as_one_reads_them(seconds: float, said: str) -> None:
+    assert plain.elapsed(seconds) == said
+
+
 # SARIF
 
 

@@ -91,10 +91,10 @@ CHANGES: dict[str, tuple[str, Any, str, str, str]] = {
         2,
         "CK904",
         "warning",
-        "over 1 batches and are over 2: 4 optimizer steps an epoch before, 2 now",
+        "the gradients of 1 batch and is to take those of 2: 4 optimizer steps an epoch before, 2 now",
     ),
-    "devices": ("trainer.devices", 2, "CK905", "warning", "1 processes saved and 2 are to resume"),
-    "nodes": ("trainer.num_nodes", 3, "CK905", "warning", "1 processes saved and 3 are to resume: a step of all"),
+    "devices": ("trainer.devices", 2, "CK905", "warning", "1 process saved and 2 are to resume"),
+    "nodes": ("trainer.num_nodes", 3, "CK905", "warning", "1 process saved and 3 are to resume: a step of all"),
     "no epochs left": ("trainer.max_epochs", 1, "CK906", "error", "1 epochs are done: the run would train nothing"),
     "no steps left": ("trainer.max_steps", 5, "CK906", "error", "max_steps is 5, and 5 steps are taken"),
     "learning rate": ("model.learning_rate", "2e-5", "CK907", "warning", "keep the old value"),
@@ -156,7 +156,8 @@ def test_a_module_without_hyper_parameters_is_compared_by_its_run(tmp_path: Path
     trainer.fit(TinyModule())
     trainer.save_checkpoint(tmp_path / "c.ckpt")
     report = drift(tmp_path / "c.ckpt", {"trainer": {"max_epochs": 3}})
-    assert "over 2 batches and are over 1: 3 optimizer steps an epoch before, 5 now" in said(report, "CK904")
+    message = said(report, "CK904")
+    assert "the gradients of 2 batches and is to take those of 1: 3 optimizer steps an epoch before, 5 now" in message
     assert "3 epochs are done: the run would train nothing" in said(report, "CK906")
     assert "CK901" not in {f.code for f in report.findings}
 

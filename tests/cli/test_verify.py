@@ -116,8 +116,8 @@ def test_a_warning_ends_with_0_and_under_strict_with_1(suspicious: Path) -> None
         (["x", "--format", "xml"], "invalid choice: 'xml'"),
         (["x", "--nope"], "unrecognized arguments: --nope"),
         (["x", "-q", "-v"], "not allowed with"),
-        (["x", "--select", "CK4,CK999"], "--select CK999: no rule's code begins so; there are CK100, CK101"),
-        (["x", "--ignore", "files"], "--ignore FILES: no rule's code begins so"),
+        (["x", "--select", "CK4,CK999"], "--select CK999: no rule's code is or begins so; `enstack rules` lists them"),
+        (["x", "--ignore", "files"], "--ignore FILES: no rule's code is or begins so"),
         (["x", "--allow-global", "Encoder"], "'Encoder' is no MODULE.NAME"),
         (["x", "--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file or directory"),
         (["x", "--output", "no/folder.txt"], "no/folder.txt cannot be written: No such file or directory"),
@@ -149,6 +149,19 @@ def test_a_path_that_cannot_be_one_fails(path: str, tmp_path: Path) -> None:
         done = enstack("verify", path, "--format", form, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (1, "")
         assert done.stdout
+
+
+def test_an_empty_path_is_not_the_folder_that_one_stands_in(trained: Path) -> None:
+    done = enstack("verify", "", cwd=trained)
+    assert done.returncode == 1
+    assert "path: it is empty; is a variable of the script unset?" in done.stdout
+    assert "PASS" not in done.stdout
+
+
+def test_a_pattern_without_a_match_is_called_one(tmp_path: Path) -> None:
+    done = enstack("verify", "runs/*/last.ckpt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "CK101  missing-file: runs/*/last.ckpt: nothing matches this pattern" in done.stdout
 
 
 def test_an_enstack_folder_is_one_checkpoint(tmp_path: Path) -> None:
@@ -429,6 +442,18 @@ def test_a_terminal_gets_colour_and_a_pipe_none(good: Path) -> None:
     assert "\x1b" not in enstack("verify", good).stdout
     forced = enstack("verify", good, env={**os.environ, "FORCE_COLOR": "1"})
     assert "\x1b[32mPASS\x1b[0m" in forced.stdout
+
+
+def test_a_narrow_terminal_gets_folded_lines_and_a_pipe_whole_ones(trained: Path, bad: Path) -> None:
+    one, _, _ = on_a_terminal("verify", trained / "step=7.ckpt", COLUMNS="80", NO_COLOR="1")
+    table, _, _ = on_a_terminal("verify", trained / "step=7.ckpt", bad, COLUMNS="80", NO_COLOR="1")
+    path = max(len(str(p)) for p in (trained / "step=7.ckpt", bad))
+    for said in (one, table):
+        assert max(len(line) for line in said.splitlines()) <= max(80, path + 14)
+    assert " done); continues with\n            epoch 1, batch 2 of 5; 0" in one.replace("\r", "")
+    assert f"PASS  {trained / 'step=7.ckpt'}\n      2 of 5 batches into epoch 1" in table.replace("\r", "")
+    _, piped, _ = on_a_terminal("verify", trained / "step=7.ckpt", stdout_too=False, COLUMNS="80")
+    assert max(len(line) for line in piped.splitlines()) > 100
 
 
 def test_names_beyond_ascii_are_shown_where_they_can_be(good: Path, tmp_path: Path) -> None:

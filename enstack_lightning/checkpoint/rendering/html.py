@@ -12,6 +12,7 @@ from html import escape
 from enstack_lightning.checkpoint.rendering.plain import (
     SECTIONS,
     counts,
+    elapsed,
     not_seen,
     number,
     printable,
@@ -19,7 +20,6 @@ from enstack_lightning.checkpoint.rendering.plain import (
     section_of,
     shown,
     silence_of,
-    size,
     verdict_sentence,
     whole,
 )
@@ -27,6 +27,7 @@ from enstack_lightning.checkpoint.rendering.plot import draw
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.resume import ResumePlan
 from enstack_lightning.checkpoint.rules import Finding, Severity
+from enstack_lightning.checkpoint.wording import many, size
 
 # Colours of its own only on the badges, so that a notebook's light and dark themes both suit the rest.
 _STYLE = """
@@ -51,6 +52,15 @@ _STYLE = """
 .enstack .fail, .enstack .error { background: #cf222e; }
 .enstack .info { background: #0969da; }
 .enstack summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  .enstack table.wide, .enstack .wide tbody, .enstack .wide td.message, .enstack .wide td.path { display: block; }
+  .enstack .wide thead { display: none; }
+  .enstack .wide tr { display: flex; flex-wrap: wrap; align-items: baseline; padding: .4rem 0;
+    border-bottom: 1px solid rgb(128 128 128 / .3); }
+  .enstack .wide th, .enstack .wide td { border: 0; padding: .1rem .6rem .1rem 0; width: auto; }
+  .enstack .wide td.message { flex-basis: 100%; min-width: 0; }
+  .enstack .wide td.path { flex: 1; min-width: 0; }
+}
 .enstack svg { width: 100%; max-width: 46rem; height: auto; display: block; }
 .enstack svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 """.strip()
@@ -99,12 +109,13 @@ def page(parts: Sequence[CheckpointPart], newest_good: str | None, version: str 
     order = list(Verdict)
     verdict = max((p.verdict for p in parts), key=order.index, default=Verdict.FAIL)
     articles = "\n".join(f'<article id="checkpoint-{i}">{p.body}</article>' for i, p in enumerate(parts, 1))
+    count = many(len(parts), "checkpoint")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{verdict.upper()}: {_many(len(parts))}</title>
+<title>{verdict.upper()}: {count}</title>
 <style>
 {_PAGE_STYLE}
 {_STYLE}
@@ -113,7 +124,7 @@ def page(parts: Sequence[CheckpointPart], newest_good: str | None, version: str 
 <body>
 <header>
 <h1>Checkpoint verification</h1>
-<p class="enstack">{_badge(verdict)} {_many(len(parts))} <span class="faint">enstack {_text(version)}</span></p>
+<p class="enstack">{_badge(verdict)} {count} <span class="faint">enstack {_text(version)}</span></p>
 </header>
 <main class="enstack">
 {_list(parts, newest_good) if len(parts) > 1 else ""}
@@ -130,7 +141,8 @@ def _list(parts: Sequence[CheckpointPart], newest_good: str | None) -> str:
         for i, p in enumerate(parts, 1)
     )
     best = "none of them can be resumed from" if newest_good is None else f"<code>{_path(newest_good)}</code>"
-    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div><p><b>Newest good one</b> {best}</p>'
+    table = f'<div class="scroll"><table class="wide"><tbody>{rows}</tbody></table></div>'
+    return f"{table}<p><b>Newest good one</b> {best}</p>"
 
 
 def _body(report: Report) -> str:
@@ -140,7 +152,7 @@ def _body(report: Report) -> str:
         f"<p>{_text(verdict_sentence(report))}</p>",
         f"<p><b>Resume</b> {_text(resume)}</p>" if resume else "",
         f'<p class="faint">{report.facts.format}, {size(report.coverage.total_bytes)}; {counts(report)}, '
-        f"{report.elapsed_seconds * 1000:,.0f} ms</p>",
+        f"{elapsed(report.elapsed_seconds)}</p>",
         _findings(report),
         _plan(report.resume) if report.resume and resume else "",
         _schedules(report),
@@ -161,7 +173,8 @@ def _findings(report: Report) -> str:
         for f in findings
     )
     return (
-        '<h3>Findings</h3><div class="scroll"><table><thead><tr><th scope="col">severity</th><th scope="col">code</th>'
+        '<h3>Findings</h3><div class="scroll"><table class="wide"><thead><tr><th scope="col">severity</th>'
+        '<th scope="col">code</th>'
         f'<th scope="col">rule</th><th scope="col">what was found</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
@@ -177,10 +190,10 @@ def _plan(plan: ResumePlan) -> str:
         "kind": plan.kind,
         "global step": whole(plan.global_step),
         "continues with epoch": whole(plan.next_epoch),
-        "and batch": whole(plan.next_batch),
+        "continues with batch": whole(plan.next_batch),
         "batches per epoch": whole(plan.batches_per_epoch),
         "batches trained twice, at most": whole(plan.batches_repeated),
-        "epochs to train": whole(plan.max_epochs),
+        "epochs of the whole run": whole(plan.max_epochs),
         "optimizer steps": whole(plan.optimizer_steps),
         "next learning rate": rate,
     }
@@ -205,7 +218,7 @@ def _schedules(report: Report) -> str:
 
 def _coverage(report: Report) -> str:
     coverage, manifest = report.coverage, report.coverage.manifest
-    rows = {"files": f"{coverage.files:,} with {size(coverage.total_bytes)}"}
+    rows = {"files": f"{many(coverage.files, 'file')}, {size(coverage.total_bytes)}"}
     rows |= {"read": "every byte (--deep)" if coverage.deep else "headers, pickles and counters"}
     for label, said in not_seen(report):
         rows[label] = f"{rows[label]}; {said}" if label in rows else said
@@ -213,7 +226,7 @@ def _coverage(report: Report) -> str:
         rows["manifest"] = "none stands beside the checkpoint"
     else:
         agrees = "differs from it" if manifest.differences else "agrees with it"
-        rows["manifest"] = manifest.defect or f"{manifest.files:,} files, {manifest.compared} compared: {agrees}"
+        rows["manifest"] = manifest.defect or f"{many(manifest.files, 'file')}, {manifest.compared} compared: {agrees}"
     return "<h3>What was looked at</h3>" + _table(rows)
 
 
@@ -228,7 +241,8 @@ def _passed(report: Report) -> str:
     silent = {
         s.title: _text(silence_of(s, report)) for s in SECTIONS if not any(section_of(f) is s for f in report.findings)
     }
-    return f"<details><summary>{len(passed):,} rules passed</summary>{_table(rows | silent, escaped=True)}</details>"
+    table = _table(rows | silent, escaped=True)
+    return f"<details><summary>{many(len(passed), 'check')} passed</summary>{table}</details>"
 
 
 def _table(rows: dict[str, str], escaped: bool = False) -> str:
@@ -249,7 +263,3 @@ def _text(text: str) -> str:
 
 def _path(path: str) -> str:
     return escape(printable(path))
-
-
-def _many(count: int) -> str:
-    return f"{count:,} checkpoint" if count == 1 else f"{count:,} checkpoints"

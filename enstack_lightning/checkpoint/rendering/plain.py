@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.resume import ResumePlan
 from enstack_lightning.checkpoint.rules import Finding, Severity
+from enstack_lightning.checkpoint.wording import many, size
 
 MAX_WORD = 160
 MAX_MESSAGE = 1_000
@@ -78,13 +79,11 @@ def _without_middle(text: str, limit: int) -> str:
     return f"{text[:kept]}[...{len(text) - 2 * kept:,} more...]{text[-kept:]}"
 
 
-def size(count: int) -> str:
-    """Bytes as a person reads them: 1,446 MB, 12.45 MB, 812 bytes."""
-    if count < 10_000:
-        return f"{count:,} bytes"
-    if count < 1_000_000:
-        return f"{count / 1e3:,.0f} kB"
-    return f"{count / 1e6:,.0f} MB" if count >= 100e6 else f"{count / 1e6:,.2f} MB"
+def elapsed(seconds: float) -> str:
+    """The time that a verification took."""
+    if seconds < 0.001:
+        return "less than 1 ms"
+    return f"{seconds * 1000:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def number(value: float) -> str:
@@ -113,8 +112,8 @@ def sentence_of(plan: ResumePlan) -> str:
 def counts(report: Report) -> str:
     """Passed, warnings and errors, with the figures."""
     return (
-        f"{report.count(Severity.PASS):,} passed, {_many(report.count(Severity.WARNING), 'warning')}, "
-        f"{_many(report.count(Severity.ERROR), 'error')}"
+        f"{report.count(Severity.PASS):,} passed, {many(report.count(Severity.WARNING), 'warning')}, "
+        f"{many(report.count(Severity.ERROR), 'error')}"
     )
 
 
@@ -123,11 +122,11 @@ def verdict_sentence(report: Report, strict: bool = False) -> str:
     use = "resume training" if report.options.purpose == "resume" else "load its weights for inference"
     errors, warnings = report.count(Severity.ERROR), report.count(Severity.WARNING)
     if report.verdict is Verdict.FAIL:
-        why = _many(errors, "error") if errors else "nothing in it could be verified"
+        why = many(errors, "error") if errors else "nothing in it could be verified"
         return f"Checkpoint must not be used to {use}: {why}."
     if report.verdict is Verdict.WARN:
         if strict:
-            return f"Checkpoint is refused under --strict: {_many(warnings, 'warning')}."
+            return f"Checkpoint is refused under --strict: {many(warnings, 'warning')}."
         first = "warning" if warnings == 1 else f"{warnings:,} warnings"
         return f"Checkpoint can be used to {use}; look at the {first} first."
     if report.options.select or report.options.ignore:
@@ -158,7 +157,7 @@ def not_seen(report: Report) -> Iterator[tuple[str, str]]:
             f"{name}, {size(count)} without a checksum" for name, count in coverage.not_checkable[:MAX_FILES_NAMED]
         ]
         rest = len(coverage.not_checkable) - len(named)
-        files = "; ".join([*named, f"and {_many(rest, 'more file')}"] if rest else named)
+        files = "; ".join([*named, f"and {many(rest, 'more file')}"] if rest else named)
         if coverage.manifest is None or coverage.manifest.defect:
             yield "unchecked", f"not checkable without a manifest: {files}"
         else:
@@ -182,19 +181,19 @@ def silence_of(section: Section, report: Report) -> str:
         case "manifest":
             return "none stands beside the checkpoint" if facts.manifest is None else "nothing to say"
         case "drift":
+            if options.run_config is not None:
+                return "not compared: --config sets nothing that the checkpoint tells of"
             return "not compared: --config RUN.yaml names the run to resume"
         case "files" if facts.files and not facts.defects:
-            return f"{_many(len(facts.files), 'file')}, {size(report.coverage.total_bytes)}: no damage in what was read"
+            return f"{many(len(facts.files), 'file')}, {size(report.coverage.total_bytes)}: no damage in what was read"
         case "weights" if facts.tensors:
-            return f"{len(facts.tensors):,} tensors, by their headers"
+            return f"{many(len(facts.tensors), 'tensor')}, by name, type and shape"
         case "safety" if facts.files and not facts.globals and not facts.defects:
-            return "no pickle in it names anything to import"
+            return "safe to load: no pickle in it names anything to import"
         case "optimizer" if facts.optimizers == ():
             return "the checkpoint has none"
         case "scheduler" if facts.schedulers == ():
             return "the checkpoint has none"
+    if facts.model_only and codes[0].startswith(("CK3", "CK4", "CK5")):
+        return "none: the checkpoint is a model alone"
     return "not judged: nothing was read of it" if facts.defects else "nothing to say"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

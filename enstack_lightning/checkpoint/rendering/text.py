@@ -5,6 +5,8 @@ Without a terminal every character is ASCII; colour is for terminals only.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +15,19 @@ from enstack_lightning.checkpoint.rendering.plain import (
     SECTIONS,
     Section,
     counts,
+    elapsed,
     not_seen,
     printable,
     resume_sentence,
     section_of,
     shown,
     silence_of,
-    size,
     verdict_sentence,
     whole,
 )
 from enstack_lightning.checkpoint.report import Report, Verdict
 from enstack_lightning.checkpoint.rules import Finding, Severity
+from enstack_lightning.checkpoint.wording import size
 
 LINE = 100
 """Columns that the short form of a section's passed rules keeps to."""
@@ -32,26 +35,42 @@ LINE = 100
 _TITLE = max(len(s.title) for s in SECTIONS)
 _LABEL = len("checkpoint")
 _WIDE = len("checkpoints")
+_NARROWEST = 24
+_ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 _COLOURS = {"pass": "32", "warn": "33", "warning": "33", "fail": "1;31", "error": "1;31", "info": "36", "-": "2"}
 
 
 @dataclass(frozen=True)
 class Style:
-    """How text may look: with colour, and with characters beyond ASCII."""
+    """How text may look: with colour, with characters beyond ASCII, and in lines of how many columns.
+
+    Attributes:
+        columns: longer lines go on below, indented; 0 where a line is a line, as in files and pipes.
+    """
 
     colour: bool = False
     unicode: bool = False
+    columns: int = 0
 
     def line(self, text: str) -> str:
         """A line that the place it goes to can show."""
         text = printable(text)
-        return text if self.unicode else text.encode("ascii", "backslashreplace").decode()
+        return text if self.unicode else text.replace("\u2026", "...").encode("ascii", "backslashreplace").decode()
 
     def paint(self, word: str, width: int = 0, kind: str = "") -> str:
         """A word in the colour of what it says, padded."""
         padding = " " * max(0, width - len(word))
         code = _COLOURS.get(kind or word.lower())
         return f"\x1b[{code}m{word}\x1b[0m{padding}" if self.colour and code else word + padding
+
+    def hang(self, prefix: str, text: str) -> str:
+        """A prefix, and after it the text, which stays to the right of it on a terminal that is too narrow."""
+        indent = len(_ESCAPE.sub("", prefix))
+        width = self.columns - indent
+        if not self.columns or len(text) <= width or width < _NARROWEST:
+            return prefix + text
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+        return prefix + f"\n{'':{indent}}".join(lines)
 
 
 PLAIN = Style()
@@ -68,26 +87,27 @@ def to_text(report: Report, style: Style = PLAIN, *, verbose: bool = False, stri
     for index, section in enumerate(SECTIONS, start=1):
         lines += _section(index, section, report, style, verbose)
     lines.append("")
-    lines += [f"{label:{_LABEL}}  {style.line(shown(said))}" for label, said in not_seen(report)]
-    lines.append(f"{'summary':{_LABEL}}  {counts(report)}, {report.elapsed_seconds * 1000:,.0f} ms")
+    lines += [style.hang(f"{label:{_LABEL}}  ", style.line(shown(said))) for label, said in not_seen(report)]
+    lines.append(f"{'summary':{_LABEL}}  {counts(report)}, {elapsed(report.elapsed_seconds)}")
     sentence = verdict_sentence(report, strict)
-    lines.append(f"{'verdict':{_LABEL}}  {style.paint(report.verdict.upper())}  {sentence}")
+    lines.append(style.hang(f"{'verdict':{_LABEL}}  {style.paint(report.verdict.upper())}  ", sentence))
     resume = resume_sentence(report)
     if resume is not None:
-        lines.append(f"{'resume':{_LABEL}}  {style.line(shown(resume))}")
+        lines.append(style.hang(f"{'resume':{_LABEL}}  ", style.line(shown(resume))))
     return "\n".join(lines)
 
 
 def _section(index: int, section: Section, report: Report, style: Style, verbose: bool) -> Iterator[str]:
     findings = [f for f in report.findings if section_of(f) is section]
     listed = [f for f in findings if verbose or _speaks(f)]
-    yield f"{index:2} {section.title:{_TITLE}}  {_state(findings, section, report, style, verbose)}".rstrip()
+    word, said = _state(findings, section, report, verbose)
+    yield style.hang(f"{index:2} {section.title:{_TITLE}}  {style.paint(word, 7)}  ", style.line(shown(said))).rstrip()
     for finding in listed:
         name = "" if finding.severity is Severity.PASS else f"{finding.name}: "
         severity = style.paint(finding.severity.upper(), 7)
-        yield f"   {severity}  {finding.code}  {name}{style.line(shown(finding.message))}"
+        yield style.hang(f"   {severity}  {finding.code}  ", name + style.line(shown(finding.message)))
         if finding.hint and (verbose or finding.severity in (Severity.WARNING, Severity.ERROR)):
-            yield f"   {'':7}  {'':5}  -> {style.line(shown(finding.hint))}"
+            yield style.hang(f"   {'':7}  {'':5}  -> ", style.line(shown(finding.hint)))
 
 
 def _speaks(finding: Finding) -> bool:
@@ -95,18 +115,19 @@ def _speaks(finding: Finding) -> bool:
     return finding.severity is not Severity.PASS and finding.code != "CK108"
 
 
-def _state(findings: Sequence[Finding], section: Section, report: Report, style: Style, verbose: bool) -> str:
+def _state(findings: Sequence[Finding], section: Section, report: Report, verbose: bool) -> tuple[str, str]:
+    """A section's own line: its worst severity, and what there is to say of the rest."""
     if not findings:
         silence = silence_of(section, report)
-        word = "-" if silence.startswith(("no ", "not ", "none ", "nothing ", "the checkpoint has none")) else "pass"
-        return style.paint(word, 7) + "  " + style.line(silence)
+        word = "-" if silence.startswith(("no ", "not ", "none", "nothing ", "the checkpoint has none")) else "pass"
+        return word, silence
     worst = max((f.severity for f in findings), key=[*Severity].index)
     passed = [f for f in findings if f.severity is Severity.PASS]
     word = "pass" if worst is Severity.INFO and passed else str(worst)
     said = f"{len(passed):,} passed" if verbose and passed else _in_short(passed)
     if not passed and word in ("pass", "info"):
         said = silence_of(section, report)
-    return style.paint(word, 7) + "  " + style.line(shown(said))
+    return word, said
 
 
 def _in_short(passed: Sequence[Finding]) -> str:
@@ -126,7 +147,7 @@ def to_line(report: Report, style: Style = PLAIN, width: int = 0) -> str:
     """A checkpoint in one line: verdict, path, and what is first to say of it.
 
     Args:
-        width: columns that the path is given.
+        width: columns that the path is given. Where the terminal has no room beside it, the rest stands below.
     """
     said = [f for severity in (Severity.ERROR, Severity.WARNING) for f in report.of(severity)]
     if said:
@@ -134,8 +155,10 @@ def to_line(report: Report, style: Style = PLAIN, width: int = 0) -> str:
         code, message = said[0].code, shown(said[0].message) + more
     else:
         code, message = "", (resume_sentence(report) if report.resume else None) or verdict_sentence(report)
-    path = style.line(report.path)
-    return f"{style.paint(report.verdict.upper(), 4)}  {path:{width}}  {code:5}  {style.line(message)}".rstrip()
+    verdict, path, said_of_it = style.paint(report.verdict.upper(), 4), style.line(report.path), style.line(message)
+    if style.columns and 15 + max(width, len(path)) + len(said_of_it) > style.columns:
+        return f"{verdict}  {path}\n" + style.hang(f"{'':6}{code}  " if code else f"{'':6}", said_of_it)
+    return f"{verdict}  {path:{width}}  {code:5}  {said_of_it}".rstrip()
 
 
 def to_brief(report: Report, style: Style = PLAIN) -> str:

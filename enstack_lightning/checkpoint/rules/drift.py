@@ -17,6 +17,7 @@ from enstack_lightning.checkpoint.facts import Facts, Format
 from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
 from enstack_lightning.checkpoint.rules.optimizer import scales_losses
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
 _SHAPES = frozenset((*_WIDTHS, "num_hidden_layers", "num_attention_heads"))
@@ -294,9 +295,10 @@ def drift_of_accumulation(facts: Facts, options: Options) -> Iterator[Outcome]:
     if before.accumulation is None or now.accumulation is None:
         return
     if before.accumulation == now.accumulation:
-        yield passed(f"accumulation over {now.accumulation:,} batches, as saved")
+        yield passed(f"gradients of {many(now.accumulation, 'batch', 'batches')} a step, as saved")
         return
-    message = f"gradients were accumulated over {before.accumulation:,} batches and are over {now.accumulation:,}"
+    held = many(before.accumulation, "batch", "batches")
+    message = f"a step took the gradients of {held} and is to take those of {now.accumulation:,}"
     batches = facts.batches_per_epoch
     if batches and now.accumulation > 0 and before.accumulation > 0:
         old, new = math.ceil(batches / before.accumulation), math.ceil(batches / now.accumulation)
@@ -325,9 +327,9 @@ def drift_of_devices(facts: Facts, options: Options) -> Iterator[Outcome]:
     if before.world_size is None or now.world_size is None:
         return
     if before.world_size == now.world_size:
-        yield passed(f"{now.world_size:,} process(es), as saved")
+        yield passed(f"{many(now.world_size, 'process', 'processes')}, as saved")
         return
-    message = f"{before.world_size:,} processes saved and {now.world_size:,} are to resume"
+    message = f"{many(before.world_size, 'process', 'processes')} saved and {now.world_size:,} are to resume"
     if before.batch_size and now.batch_size:
         old, new = before.batch_size * before.world_size, now.batch_size * now.world_size
         message += f": a step of all processes takes {new:,} rows instead of {old:,}"

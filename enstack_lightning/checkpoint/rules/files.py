@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format, OddityKind
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many, size
 
 MAX_LISTED = 10
 """Of findings of one kind in one checkpoint that many are listed one by one."""
@@ -155,8 +156,8 @@ def files_intact(facts: Facts, options: Options) -> Iterator[Outcome]:
     places = [f"{d.where}:" for d in facts.defects]
     for file in facts.files:
         if not any(place.startswith(f"{file.name}:") for place in places):
-            rest = f", {_size(file.not_read)} of it not read (--deep compares its checksums)" if file.not_read else ""
-            yield passed(f"{file.name}: {_size(file.size)}{rest}", file.name)
+            rest = f", {size(file.not_read)} of it not read (--deep compares its checksums)" if file.not_read else ""
+            yield passed(f"{file.name}: {size(file.size)}{rest}", file.name)
 
 
 @rule(
@@ -178,14 +179,16 @@ def no_checksum(facts: Facts, options: Options) -> Iterator[Outcome]:
     bare = [file for file in facts.files if file.without_checksum]
     for file in bare[:MAX_LISTED]:
         yield info(
-            f"{file.name}: {_size(file.without_checksum)} of it carry no checksum; damage there is not checkable "
+            f"{file.name}: {size(file.without_checksum)} of it carry no checksum; damage there is not checkable "
             "without a manifest",
             file.name,
             _manifest_hint(facts),
         )
     if len(bare) > MAX_LISTED:
         rest = bare[MAX_LISTED:]
-        yield info(f"{len(rest):,} further files: {_size(sum(f.without_checksum for f in rest))} carry no checksum")
+        yield info(
+            f"{many(len(rest), 'further file')}: {size(sum(f.without_checksum for f in rest))} carry no checksum"
+        )
 
 
 def _digests_agree(facts: Facts) -> bool:
@@ -218,7 +221,7 @@ def interrupted_save(facts: Facts, options: Options) -> Iterator[Outcome]:
             "Make sure that this is the checkpoint you mean, then remove the leftover.",
         )
     if len(facts.leftovers) > MAX_LISTED:
-        yield warning(f"{len(facts.leftovers) - MAX_LISTED:,} further leftovers of interrupted saves")
+        yield warning(f"{many(len(facts.leftovers) - MAX_LISTED, 'further leftover')} of interrupted saves")
 
 
 @rule(
@@ -253,7 +256,3 @@ def odd_container(facts: Facts, options: Options) -> Iterator[Outcome]:
         if oddity.kind in _ODD:
             say, hint = _ODD[oddity.kind]
             yield say(f"{oddity.where}: {oddity.message}" if oddity.where else oddity.message, oddity.where, hint)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 10_000 else f"{count:,} bytes"

@@ -10,6 +10,7 @@ from typing import Any
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 SMALL_MISMATCH = 100
 """A mismatch of up to this many steps is small: skipped steps and other harmless causes are of this size."""
@@ -43,8 +44,8 @@ def expected_steps(facts: Facts, options: Options) -> ExpectedSteps | None:
         counter = "global_step" if facts.format is Format.HUGGINGFACE else "the loop's counter"
         return ExpectedSteps(p.optimizer_steps, options.tolerance or 0, counter)
     batches = facts.batches_per_epoch
-    if not batches or p.epochs_completed is None:
-        return None
+    if not batches or batches < 0 or p.epochs_completed is None or p.epochs_completed < 0:
+        return None  # CK301 says so
     in_epoch = p.batches_in_epoch or 0
     tolerance = max(20, batches // 10) if options.tolerance is None else options.tolerance
     reckoning = f"{p.epochs_completed:,} epochs x {batches:,} batches" + (f" + {in_epoch:,}" if in_epoch else "")
@@ -101,13 +102,15 @@ def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]
     if exact and difference < 0 and actual and scales_losses(facts) and size <= max(20, expected.steps // 50):
         yield info(message, "optimizer", "The gradient scaler skips a step on overflow: expected in float16 training.")
         return
-    hint = f"{_diagnosis(actual, expected.steps, facts)} {_size_of(size)}"
+    hint = f"{_diagnosis(actual, expected.steps, facts)} {_size_of(size, exact and difference > 0)}"
     yield (error if exact and difference > 0 else warning)(message, "optimizer", hint)
 
 
-def _size_of(mismatch: int) -> str:
+def _size_of(mismatch: int, is_certain: bool) -> str:
+    if is_certain:
+        return _OTHER_CHECKPOINT
     if mismatch <= SMALL_MISMATCH:
-        return f"Small mismatch ({mismatch:,} steps): usually harmless if that is the cause."
+        return f"Small mismatch ({many(mismatch, 'step')}): usually harmless if that is the cause."
     return f"Large mismatch ({mismatch:,} steps): the checkpoint may be inconsistent, consider an earlier one."
 
 
@@ -129,7 +132,7 @@ def _diagnosis(actual: int, expected: int, facts: Facts) -> str:
         )
     if not exact and (k := _accumulation(actual, expected, facts)):
         said = f"Gradient accumulation over {k} batches would explain it ({actual:,} x {k} = {actual * k:,})."
-        return f"{said} Else: {anew}" if anew else said
+        return f"{said} Or else: {anew}" if anew else said
     if anew:
         return anew
     if actual <= expected // 2:
@@ -230,7 +233,7 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
 
 def _state_there(number: int, optimizer: OptimizerFacts) -> Outcome:
     return passed(
-        f"optimizer {number}: {len(optimizer.groups)} group(s), {optimizer.parameter_count:,} parameters, "
+        f"optimizer {number}: {many(len(optimizer.groups), 'group')}, {many(optimizer.parameter_count, 'parameter')}, "
         f"{optimizer.parameters_with_state:,} with state"
     )
 
@@ -345,7 +348,7 @@ def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "Optimizer and weights are of two models or two saves; use another checkpoint of this run.",
             )
         elif compared:
-            yield passed(f"optimizer {number}: {compared:,} moments in the shapes of weights")
+            yield passed(f"optimizer {number}: {many(compared, 'moment')} in the shapes of weights")
 
 
 def _is_flat(optimizer: OptimizerFacts, shapes: set[tuple[int, ...]]) -> bool:
@@ -396,7 +399,7 @@ def parameter_count(facts: Facts, options: Options) -> Iterator[Outcome]:
         count = optimizer.parameter_count
         if count <= weights:
             if count:
-                yield passed(f"optimizer {number}: {count:,} parameters, {weights:,} weights")
+                yield passed(f"optimizer {number}: {many(count, 'parameter')}, {many(weights, 'weight')}")
             continue
         message = f"optimizer {number} has {count:,} parameters, and the checkpoint has {weights:,} weights"
         if optimizer.parameters_with_state > weights or not optimizer.parameters_with_state:
@@ -436,7 +439,7 @@ def param_group_values(facts: Facts, options: Options) -> Iterator[Outcome]:
         if len(odd) > MAX_LISTED:
             yield error(f"optimizer {number}: {len(odd) - MAX_LISTED:,} further values that make no sense", "optimizer")
         if not odd and optimizer.groups:
-            yield passed(f"optimizer {number}: the values of its {len(optimizer.groups):,} param groups are sane")
+            yield passed(f"optimizer {number}: sane values in {many(len(optimizer.groups), 'param group')}")
 
 
 def _is_at_its_end(scheduler: SchedulerFacts) -> bool:

@@ -49,6 +49,24 @@ class Options:
     ignore: tuple[str, ...] = ()
     run_config: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Makes collections of what was given as a list or as one text, and refuses what would judge nothing."""
+        if self.purpose not in ("resume", "inference"):
+            raise ValueError(f"purpose is {self.purpose!r} and must be 'resume' or 'inference'")
+        if self.tolerance is not None and self.tolerance < 0:
+            raise ValueError(f"tolerance is {self.tolerance} and must be None or a number from 0 up")
+        for name in ("select", "ignore"):
+            codes = tuple(code.upper() for code in _texts(getattr(self, name)))
+            object.__setattr__(self, name, codes)
+            for code in codes:
+                if RULES and not any(known.startswith(code) for known in RULES):
+                    raise ValueError(f"{name} holds {code!r}, and no rule's code is or begins so; see `enstack rules`")
+        object.__setattr__(self, "allow_globals", frozenset(_texts(self.allow_globals)))
+
+
+def _texts(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from enstack_lightning.checkpoint.facts import Facts, GlobalFacts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 MAX_LISTED = 20
 
@@ -200,7 +201,10 @@ def unsafe_global(facts: Facts, options: Options) -> Iterator[Outcome]:
             break
     judged = {str(g) for g in facts.globals if g.loader in ("weights_only", "transformers", "torch")}
     if judged and not refused and not any(_refused(g) for g in facts.globals):
-        yield passed(f"safe to load: all {len(judged)} names in its pickle are allowed by weights_only=True")
+        safe = "" if facts.defects else "safe to load: "
+        names = "the only name" if len(judged) == 1 else f"all {len(judged):,} names"
+        verb = "is" if len(judged) == 1 else "are"
+        yield passed(f"{safe}{names} in its pickle {verb} allowed by weights_only=True")
 
 
 def _sentence(g: GlobalFacts) -> str:
@@ -281,7 +285,7 @@ def unjudged_pickle(facts: Facts, options: Options) -> Iterator[Outcome]:
     for where, names in unread.items():
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         yield info(
-            f"{where} is a pickle of {len(names)} classes that no resume reads ({shown})",
+            f"{where} is a pickle of {many(len(names), 'class', 'classes')} that no resume reads ({shown})",
             where,
             "Do not load it, unless it is your own.",
         )
@@ -302,4 +306,4 @@ def pickle_loader(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     names = {str(g) for g in facts.globals if g.loader == "pickle"}
     if names and not any(_refused(g) for g in facts.globals if g.loader == "pickle"):
-        yield passed(f"read by pickle.load: all {len(names)} names in .metadata are those of its own classes")
+        yield passed(f"read by pickle.load: all {many(len(names), 'name')} in .metadata are those of its own classes")

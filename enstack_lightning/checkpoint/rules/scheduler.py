@@ -11,6 +11,7 @@ from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.schedule import same_rate
+from enstack_lightning.checkpoint.wording import many
 
 WARM_UP_STEPS = 50
 """So many steps of a schedule without a closed form may be the beginning of its warm-up, with rates next to 0."""
@@ -42,9 +43,18 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
     guard recorded the run, each is compared alone: one that steps with every optimizer step stands at `global_step`,
     one that steps with every epoch at the number of epochs. transformers steps its scheduler with the optimizer, and
     not where the gradient scaler skipped a step. In an EnStack folder the scheduler steps with the optimizer as well,
-    and the optimizer's tolerance applies.
+    and the optimizer's tolerance applies. Steps of schedulers that are not in a checkpoint of Lightning are a warning
+    too: it begins the schedule anew on a resume, and says nothing.
     """
     schedulers = facts.schedulers or ()
+    stepped = facts.progress.scheduler_steps
+    if facts.schedulers == () and stepped and not facts.live:
+        yield warning(
+            f"the loop counted {many(stepped, 'step')} of schedulers, and the checkpoint has none: a resume would begin "
+            "the schedule anew",
+            "scheduler",
+            "Expected if the run went on without the schedule that it began with; else use another checkpoint.",
+        )
     if not schedulers or any(s.last_epoch is None or s.kind == "SWALR" for s in schedulers):
         return  # the schedule of stochastic weight averaging takes over late, with a position of its own
     if facts.format in (Format.ENSTACK, Format.HUGGINGFACE):
@@ -177,7 +187,7 @@ def _is_complete(scheduler: SchedulerFacts) -> bool:
 
 def _rates_of(optimizer: OptimizerFacts) -> str:
     rates = list(dict.fromkeys(f"{g.lr:.2e}" for g in optimizer.groups if g.lr is not None))
-    return ", ".join(rates[:4]) + (" …" if len(rates) > 4 else "")
+    return ", ".join(rates[:4]) + (" ..." if len(rates) > 4 else "")
 
 
 @rule(
@@ -204,7 +214,7 @@ def learning_rate_disagrees(facts: Facts, options: Options) -> Iterator[Outcome]
     if len(optimizers) == 1 < len(schedulers):
         wrong = [] if len(wrong) < len(schedulers) else wrong
     if not wrong:
-        yield passed(f"learning rates agree with {len(schedulers):,} scheduler(s)")
+        yield passed(f"learning rates agree with {many(len(schedulers), 'scheduler')}")
         return
     scheduler, optimizer = wrong[0], optimizers[0] if len(optimizers) == 1 else None
     if optimizer is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 _ANOTHER = "Use another checkpoint of this run."
 
@@ -116,7 +117,7 @@ def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
     if facts.defects or not (facts.fields or facts.tensors):
         return
     if facts.tensors:
-        yield passed(f"weights: {len(facts.tensors):,} tensors")
+        yield passed(f"weights: {many(len(facts.tensors), 'tensor')}")
     elif facts.format is not Format.UNKNOWN and not facts.live:
         yield error("no weights: the checkpoint's state dict has no tensor", hint="Use another checkpoint.")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind, ValueFacts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 MAX_LISTED = 10
 
@@ -22,6 +23,7 @@ Shape = tuple[int, ...]
 
 _MODEL_TYPES = {"bert", "camembert", "roberta", "xlm-roberta"}
 _EMBEDDINGS = "embeddings.word_embeddings.weight"
+_BASE_PREFIXES = ("", "bert.", "roberta.")
 _NUMBERED = re.compile(r"([0-9]{1,6})\.(.+)")
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTED = ("lora_", "base_layer.", "modules_to_save.", "adapter", "parametrizations.")
@@ -205,7 +207,7 @@ def config_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
     if not wrong:
         judged = any("num_labels" in named for named in _head(encoder, config).values()) and "num_labels" in sizes
         labels = f", {sizes['num_labels']:,} labels" if judged else ""
-        yield passed(f"config.json agrees with the weights: {len(encoder.layers)} layers{labels}")
+        yield passed(f"config.json agrees with the weights: {many(len(encoder.layers), 'layer')}{labels}")
 
 
 def _wrong_labels(facts: Facts) -> Iterator[Outcome]:
@@ -268,7 +270,8 @@ def missing_weight(facts: Facts, options: Options) -> Iterator[Outcome]:
     With a `config.json` of BERT, RoBERTa or their like every layer must be there with all its weights, and so must the
     head of the class that it names. Without one (in a Lightning checkpoint) a layer that lacks what the others have is
     a warning, since a module may save a part of its weights on purpose. Not missed: poolers, weights that are tied to
-    others, buffers of positions, and anything in a checkpoint of an adapter (PEFT).
+    others, buffers of positions, and anything in a checkpoint of an adapter (PEFT). Where all names begin with what a
+    wrapper put there (`module.` of DataParallel), `from_pretrained` finds none of them.
     """
     if any(d.kind is not DefectKind.MISSHAPEN for d in facts.defects):
         return  # a file that is missing or damaged is said by CK1xx, and what it holds is missed here too
@@ -282,6 +285,14 @@ def missing_weight(facts: Facts, options: Options) -> Iterator[Outcome]:
             )
         return
     known = _is_known(facts)
+    if facts.format is Format.HUGGINGFACE and _architecture(config) and (wrapper := _wrapper(facts)):
+        yield error(
+            f"the weights' names begin with {wrapper}, which {_architecture(config)} does not know: loading would make "
+            "them all anew, at random",
+            f"{wrapper}{_EMBEDDINGS}",
+            "Save the model that the wrapper holds (model.module.save_pretrained), or rename the weights.",
+        )
+        return
     missing = [*_missing_in_encoder(encoder, config if known else {}), *_missing_in_head(encoder, config, known)]
     say = error if known else warning
     for name in missing[:MAX_LISTED]:
@@ -295,7 +306,15 @@ def missing_weight(facts: Facts, options: Options) -> Iterator[Outcome]:
     if len(missing) > MAX_LISTED:
         yield say(f"{len(missing) - MAX_LISTED:,} further weights are missing")
     if not missing:
-        yield passed(f"weights complete: all {len(encoder.layers)} layers have the same parts")
+        layers = len(encoder.layers)
+        alike = "its layer has all parts" if layers == 1 else f"all {layers:,} layers have the same parts"
+        yield passed(f"weights complete: {alike}")
+
+
+def _wrapper(facts: Facts) -> str:
+    """What stands before the encoder's names that is not the model's own."""
+    prefixes = (t.name.removesuffix(_EMBEDDINGS) for t in facts.tensors if t.name.endswith(_EMBEDDINGS))
+    return next((prefix for prefix in prefixes if prefix not in _BASE_PREFIXES), "")
 
 
 def _names_no_encoder(facts: Facts) -> bool:
@@ -381,16 +400,37 @@ def _values(v: ValueFacts) -> str:
     return f"{v.name} holds {count} that {'is' if v.nonfinite == 1 else 'are'} not finite ({v.first_value}{where})"
 
 
-@rule("CK604", "all-zero", Severity.INFO, compares="every value of a weight with 0 (with --deep)", source="IEEE 754")
+@rule(
+    "CK604",
+    "all-zero",
+    Severity.WARNING,
+    compares="every value of a weight, and of Adam's second moments, with 0 (with --deep)",
+    source="IEEE 754",
+)
 def all_zero(facts: Facts, options: Options) -> Iterator[Outcome]:
     """Every value of a weight is 0, as in a bias that was not trained, or where a block of zeros lies in the file.
 
-    Found by `--deep` only. Worth knowing: most such tensors are meant to be.
+    Found by `--deep` only. Worth knowing: most such tensors are meant to be. Second moments of Adam (`exp_avg_sq`) that
+    are 0 for every parameter of an optimizer that has stepped are a warning: they were lost, or no gradient ever was
+    other than 0.
     """
+    zeros = {v.name for v in facts.values or () if v.all_zero and v.role == "optimizer"}
+    for number, optimizer in enumerate(facts.optimizers or ()) if zeros and options.purpose == "resume" else ():
+        squares = [p for p, entries in optimizer.moments.items() if "exp_avg_sq" in entries]
+        if squares and optimizer.most_steps and all(_second_moment(number, p) in zeros for p in squares):
+            yield warning(
+                f"optimizer {number}: every exp_avg_sq is 0 after {many(optimizer.most_steps, 'step')}",
+                "optimizer",
+                "Its state was lost, or it never had a gradient: use another checkpoint of this run.",
+            )
     names = [v.name for v in facts.values or () if v.all_zero and v.role == "weight"]
     if names:
         shown = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
         yield info(f"{len(names):,} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros: {shown}")
+
+
+def _second_moment(optimizer: int, parameter: int | str) -> str:
+    return f"optimizer {optimizer}, parameter {parameter}, exp_avg_sq"
 
 
 @rule(
