@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind, ValueFacts
+from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format, OddityKind, ValueFacts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.wording import many
 
