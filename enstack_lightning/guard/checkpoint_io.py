@@ -57,6 +57,9 @@ class GuardedCheckpointIO(CheckpointIO):
       save or at the end.
     - A URL that fsspec knows: what its store and `checkpoint_io` promise (objects of S3 and the like appear whole or
       not at all). Nothing is synchronised here, there is no manifest, and no read-back. Retention holds there too.
+    - Strategies that shard (FSDP, DeepSpeed, `ModelParallelStrategy` with `save_distributed_checkpoint`) write past
+      every CheckpointIO: such a save is as its strategy makes it, not atomic and without a manifest. What they remove
+      goes through here, and so through the retention.
 
     A CheckpointIO that returns before it has written (other than an `AsyncCheckpointIO`) is refused with an error.
 
@@ -89,14 +92,16 @@ class GuardedCheckpointIO(CheckpointIO):
             if target is not None:
                 self.remove_leftovers(target.parent)
                 with self._explained(target):
-                    self._save(checkpoint, target, storage_options)
+                    place, level = self._save(checkpoint, target, storage_options)
             else:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-                self._release(str(path), self.retention.level(str(path))[0])
+                place, level = str(path), self.retention.level(str(path))[0]
+            self._release(place, level)
         finally:
             self.retention.settle(_name(path))
 
-    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> None:
+    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, int]:
+        """Saves; returns where the checkpoint stands now, and how good it is."""
         with staging(target) as staged:
             entry = self._write(checkpoint, staged, storage_options)
             if self.verify_after_save:
@@ -107,10 +112,9 @@ class GuardedCheckpointIO(CheckpointIO):
             with _without_manifest(place):
                 put_in_place(staged, place)
             _sync_name(place)
-        if place == target:
-            if not target.is_dir():
-                _write_manifest(target, checkpoint, entry)
-            self._release(str(target), level)
+        if place == target and not target.is_dir():
+            _write_manifest(target, checkpoint, entry)
+        return str(place), level
 
     def _write(self, checkpoint: dict[str, Any], staged: Path, storage_options: Any) -> ManifestEntry | None:
         """Writes to `staged`, down to the disk; what was written where that is known, which is for torch's own file."""
@@ -217,8 +221,11 @@ class GuardedCheckpointIO(CheckpointIO):
 
     def _release(self, name: str, level: int) -> None:
         for kept in self.retention.saved(name, level):
-            rank_zero_info(f"CheckpointGuard: {kept} goes now, {name} has verified")
-            self._remove(kept)
+            rank_zero_info(f"CheckpointGuard: {kept} goes now, for {name} has verified")
+            try:
+                self._remove(kept)
+            except OSError as e:  # the save itself went well
+                rank_zero_warn(f"CheckpointGuard: {kept} could not be removed: {e}")
 
     # Everything else
 

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to save; the disk is what is measured")
+    parser.add_argument("--only", type=int, help="only the first so many ways of saving")
     arguments = parser.parse_args()
     checkpoint = lightning_dict(weights_of(arguments.layers))
     ways: dict[str, Callable[[Path], float]] = {
@@ -81,6 +82,7 @@ def main() -> None:
         "Lightning's own save (no fsync)": lambda path: seconds(lightning, checkpoint, path),
         "plain torch.save (no fsync)": lambda path: seconds(plain, checkpoint, path),
     }
+    ways = dict(list(ways.items())[: arguments.only])
     times: dict[str, list[float]] = {name: [] for name in ways}
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
