@@ -72,7 +72,7 @@ class ResumePlan:
         if self.kind == "end-of-epoch":
             return f"end of {self._numbered(self.next_epoch - 1)}"
         of = "" if self.batches_per_epoch is None else f" of {self.batches_per_epoch:,}"
-        return f"{self.next_batch:,}{of} batches into {self._numbered(self.next_epoch)}"
+        return f"{self.step:,}{of} batches into {self._numbered(self.next_epoch)}"
 
     @property
     def _continues(self) -> str:
@@ -136,7 +136,7 @@ def _plan(facts: Facts, kind: ResumeKind, completed: int, done_in_epoch: int) ->
         step=done_in_epoch,
         global_step=facts.progress.global_step,
         next_epoch=completed + first,
-        next_batch=done_in_epoch,
+        next_batch=0 if _begins_epoch_again(facts) else done_in_epoch,
         batches_per_epoch=facts.batches_per_epoch,
         optimizer_steps=sum(steps) if steps else None,
         learning_rate=learning_rates[0] if learning_rates else None,
@@ -154,11 +154,22 @@ def _epoch(facts: Facts, completed: int, done_in_epoch: int) -> int | None:
 
 
 def _repeated(facts: Facts, done_in_epoch: int) -> int:
-    """Of the batches that a loader without a saved position gives in place of those left, at most so many were done."""
+    """Of the batches that a loader without a saved position gives in place of those left, at most so many were done.
+
+    It gives as many as were left, but data without a length is gone through from its beginning to its end.
+    """
     if facts.loader_position or not done_in_epoch:
         return 0
+    of_no_length = facts.run.accumulate_grad_batches is not None and facts.run.batches_per_epoch is None
+    if of_no_length or _begins_epoch_again(facts):
+        return done_in_epoch
     left = done_in_epoch if not facts.batches_per_epoch else facts.batches_per_epoch - done_in_epoch
     return max(0, min(done_in_epoch, left))
+
+
+def _begins_epoch_again(facts: Facts) -> bool:
+    """A Trainer that is told to skip no data begins the epoch anew, where Lightning trains its remaining number."""
+    return facts.format is Format.HUGGINGFACE and not facts.loader_position
 
 
 def _kind(facts: Facts, completed: int, done_in_epoch: int) -> ResumeKind:

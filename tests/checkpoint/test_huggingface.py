@@ -19,7 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainingArguments
 
-from enstack_lightning.checkpoint import Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Severity, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind
 from enstack_lightning.checkpoint.location import locate
@@ -171,7 +171,7 @@ def test_progress_is_what_the_trainer_itself_reckons_on_a_resume(runs: Callable[
         ({"global_step": 400, "epoch": 8 / 11, "max_steps": 18, "num_train_epochs": 3}, 6),
         ({"global_step": 3, "epoch": 3 / 7}, 7),
         ({"global_step": 10**9, "epoch": 1e-300}, None),
-        ({"global_step": 5, "epoch": 0.5, "max_steps": 20, "num_train_epochs": 2**63 - 1}, 10),
+        ({"global_step": 5, "epoch": 0.5, "max_steps": 20, "num_train_epochs": 2**63 - 1}, 20),
         ({"global_step": -1, "epoch": 1, "max_steps": -1, "num_train_epochs": 0}, None),
         ({"global_step": True, "epoch": "1"}, None),
         ({}, None),
@@ -499,6 +499,14 @@ def test_fsdps_shards_are_read_where_they_lie(checkpoint: Path) -> None:
     assert {t.where for t in facts.tensors} == {"pytorch_model_fsdp_0/__0_0.distcp"}
     (optimizer,) = facts.optimizers or ()
     assert (set(optimizer.steps.values()), optimizer.parameter_count) == ({4.0}, 41)
+    shutil.move(checkpoint / "optimizer_0", checkpoint.parent / "elsewhere")
+    (checkpoint / "optimizer_0").symlink_to(checkpoint.parent / "elsewhere")
+    assert "optimizer_0: it is a link that leads out of the checkpoint's folder" in said(read(checkpoint))
+    (checkpoint / "optimizer_0").unlink()
+    (checkpoint / "optimizer_0").symlink_to("optimizer_0")
+    assert [f.code for f in verify_checkpoint(checkpoint).of(Severity.ERROR)] == ["CK106"]
+    (checkpoint / "optimizer_0").unlink()
+    shutil.move(checkpoint.parent / "elsewhere", checkpoint / "optimizer_0")
     (checkpoint / "optimizer_0" / ".metadata").unlink()
     assert "missing optimizer_0/.metadata" in said(read(checkpoint))
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import TinyModule, enstack_folder, every_step, quiet_trainer
 from genuine import huggingface_trainer
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from enstack_lightning.checkpoint import Facts, Format, ResumePlan, plan_resume, verify_checkpoint
+from enstack_lightning.checkpoint import Facts, Format, ResumePlan, Verdict, plan_resume, verify_checkpoint
 from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts
 from enstack_lightning.guard import CheckpointGuard
 
@@ -175,3 +179,87 @@ def test_the_plan_is_one_line_whatever_the_numbers() -> None:
         for first in (0, 1):
             said = dataclasses.replace(plan, kind=kind, first_epoch=first).sentence
             assert said.isprintable()
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Rows without a length, as many as there are batches of one row."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(rows())
+
+
+def rows() -> list[dict[str, Any]]:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    return [{"x": row, "row": i} for i, row in enumerate(features)]
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+        self.rows: list[int] = []
+
+    def forward(self, x: torch.Tensor, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.rows += row.tolist()
+        return {"loss": self.layer(x).square().mean()}
+
+
+class StreamModule(Recorder):
+    def train_dataloader(self) -> Any:
+        class Batches(torch.utils.data.IterableDataset[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                return iter([(row["x"], torch.tensor(row["row"])) for row in rows()])
+
+        return DataLoader(Batches(), batch_size=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_without_a_length_is_gone_through_again(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path), max_epochs=2).fit(StreamModule())
+    for step in (4, 11):
+        plan = verify_checkpoint(tmp_path / f"step={step}.ckpt").resume
+        assert plan is not None
+        module = StreamModule()
+        quiet_trainer(tmp_path, max_epochs=2).fit(module, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert module.trained[0] == (plan.next_epoch, plan.next_batch)
+        again = [row for (epoch, _), row in zip(module.trained, module.rows, strict=True) if epoch == plan.next_epoch]
+        assert again == [[row] for row in range(6)]
+        assert plan.batches_repeated == plan.step == step % 6
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("form", ["no skipping", "stream"])
+def test_transformers_goes_on_where_the_plan_says(form: str, accumulated: int, tmp_path: Path) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "no skipping": {"num_train_epochs": 2, "ignore_data_skip": True},
+        "stream": {"max_steps": 16 // accumulated},
+    }
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+
+    def trained(**options: Any) -> Net:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulated,
+            train_sampling_strategy="sequential",
+            save_steps=1,
+            **quiet,
+            **settings[form],
+        )
+        net = Net()
+        Trainer(net, arguments, train_dataset=Stream() if form == "stream" else rows()).train(**options)
+        return net
+
+    trained()
+    folders = sorted(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    plans = [verify_checkpoint(shutil.copytree(f, tmp_path / "kept" / f.name)) for f in folders]
+    for folder, report in zip(folders, plans, strict=True):
+        assert report.verdict is Verdict.PASS, report.findings
+        plan = report.resume
+        assert plan is not None
+        if plan.kind == "finished":
+            continue
+        seen = trained(resume_from_checkpoint=str(tmp_path / "kept" / folder.name)).rows
+        assert seen[0] == plan.next_batch % 6
+        if plan.kind == "mid-epoch" and not plan.next_batch:
+            assert plan.batches_repeated == plan.step > 0

@@ -41,6 +41,7 @@ from enstack_lightning.checkpoint.readers.torch_archive import read_archive
 from enstack_lightning.checkpoint.readers.trainer_state import (
     best_metric,
     misshapen_counters,
+    streams_ended,
     trainer_progress,
     trainer_run,
     update_steps,
@@ -158,6 +159,10 @@ def _add_json(facts: Facts, folder: Location, name: str) -> tuple[Facts, dict[st
 def _add_sharded(facts: Facts, folder: Location, names: Iterable[str], deep: DeepRead | None) -> Facts:
     """The facts with those of sharded folders within the checkpoint's folder added."""
     for name in names:
+        if folder.child(name).leads_out_of(folder):
+            message = "it is a link that leads out of the checkpoint's folder"
+            facts = _with_defect(facts, DefectKind.DAMAGED, name, message)
+            continue
         part = read_sharded(folder.child(name), deep, within=name)
         facts = dataclasses.replace(
             facts,
@@ -197,7 +202,7 @@ def _add_training(facts: Facts, folder: Location, names: Collection[str], deep: 
         metrics=best_metric(state, arguments),
         hyper_parameters=plain(arguments),
         model_only=_is_without_state(names),
-        loader_position=bool(state) and arguments.get("ignore_data_skip") is not True,
+        loader_position=bool(state) and arguments.get("ignore_data_skip") is not True and not streams_ended(state),
     )
 
 

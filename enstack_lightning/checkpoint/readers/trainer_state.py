@@ -47,11 +47,31 @@ def update_steps(state: Mapping[str, Any], arguments: Mapping[str, Any]) -> Upda
     """
     accumulation = whole(arguments.get("gradient_accumulation_steps"))
     accumulation = accumulation if accumulation and accumulation > 0 else None
+    if is_stream(state):
+        steps = whole(state.get("max_steps"))
+        per_epoch = steps if steps and steps > 0 else None
+        batches = None if per_epoch is None or accumulation is None else per_epoch * accumulation
+        return UpdateSteps(per_epoch, accumulation, batches)
     in_run = _updates_by_length_of_run(state)
     counted = _updates_by_epoch(whole(state.get("global_step")), number(state.get("epoch")))
     agree = counted is not None and (in_run is None or in_run[0] <= counted <= in_run[1])
     per_epoch = counted if agree else (in_run[0] if in_run else None)
     return UpdateSteps(per_epoch, accumulation, _batches(state, per_epoch, accumulation))
+
+
+def is_stream(state: Mapping[str, Any]) -> bool:
+    """Whether the run was one over data without a length, whose one epoch is as long as the run."""
+    epochs = whole(state.get("num_train_epochs"))
+    return epochs is not None and epochs >= _ENDLESS
+
+
+def streams_ended(state: Mapping[str, Any]) -> int:
+    """How often data without a length came to its end, which `epoch` counts beside the share of the run."""
+    epoch = number(state.get("epoch"))
+    if not is_stream(state) or epoch is None or not 0 <= epoch < _ENDLESS:
+        return 0
+    done, steps = whole(state.get("global_step")), whole(state.get("max_steps"))
+    return 0 if done is None or steps is None or epoch <= done / max(steps, 1) + 1e-6 else math.floor(epoch)
 
 
 def _updates_by_epoch(global_step: int | None, epoch: float | None) -> int | None:
@@ -105,6 +125,8 @@ def _moments(state: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
 def trainer_progress(state: Mapping[str, Any], steps: UpdateSteps) -> ProgressFacts:
     """Progress as a resume reckons it."""
     done, epoch = whole(state.get("global_step")), number(state.get("epoch"))
+    if done is not None and epoch is not None and streams_ended(state):
+        return _progress_in_stream(done, epoch, steps)
     completed = in_epoch = begun = None
     if done is not None and done >= 0 and steps.per_epoch:
         completed, updates = divmod(done, steps.per_epoch)
@@ -128,12 +150,27 @@ def trainer_progress(state: Mapping[str, Any], steps: UpdateSteps) -> ProgressFa
     )
 
 
+def _progress_in_stream(done: int, epoch: float, steps: UpdateSteps) -> ProgressFacts:
+    """Data without a length that has ended before: a resume skips all of it once, and begins it again in epoch 2."""
+    batches = None if steps.batches is None else round((epoch - math.floor(epoch)) * steps.batches)
+    return ProgressFacts(
+        epoch=math.floor(epoch),
+        global_step=done,
+        optimizer_steps=done,
+        optimizer_steps_begun=done,
+        epochs_completed=1,
+        epochs_begun=2,
+        batches_in_epoch=batches,
+        batches_begun=batches,
+    )
+
+
 def trainer_run(state: Mapping[str, Any], arguments: Mapping[str, Any], steps: UpdateSteps) -> RunFacts:
     """The run by its state and its training arguments."""
     epochs, max_steps = whole(state.get("num_train_epochs")), whole(state.get("max_steps"))
     precision = arguments.get("mixed_precision")
     return RunFacts(
-        batches_per_epoch=steps.batches,
+        batches_per_epoch=None if streams_ended(state) else steps.batches,
         accumulate_grad_batches=steps.accumulation,
         max_epochs=epochs if epochs and 0 < epochs < _ENDLESS else None,
         max_steps=max_steps if max_steps and max_steps > 0 else None,
