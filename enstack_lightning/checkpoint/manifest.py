@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 from enstack_lightning.checkpoint.deep import Progress
 from enstack_lightning.checkpoint.facts import DefectKind, ManifestFacts
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, leads_out, locate
+from enstack_lightning.checkpoint.readers.json_file import parse_json
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
@@ -162,7 +163,7 @@ def read_manifest(location: Location, folder: Location | None = None) -> Manifes
     except OSError as e:
         raise ManifestDefectError(f"it cannot be read: {e.strerror or e}") from e
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refused)
+        content = parse_json(raw.decode("utf-8"), finite=True)
     except (ValueError, RecursionError) as e:
         raise ManifestDefectError(f"it is no valid JSON: {e}") from e
     return _checked(content)
@@ -385,8 +386,10 @@ def _manifest_location(location: Location) -> Location:
     if isinstance(location, RemoteLocation):
         return RemoteLocation(location.url + MANIFEST_SUFFIX, location.filesystem, location.path + MANIFEST_SUFFIX)
     assert isinstance(location, LocalLocation)
-    if location.path.is_symlink() and (of_target := manifest_path(location.path.resolve())).exists():
-        return LocalLocation(of_target)
+    if location.path.is_symlink() and location.path.exists():  # resolve() breaks at links that go round in a circle
+        of_target = manifest_path(location.path.resolve())
+        if of_target.exists():
+            return LocalLocation(of_target)
     return LocalLocation(manifest_path(location.path))
 
 
@@ -499,14 +502,3 @@ def _texts(content: dict[str, Any], key: str) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise ManifestDefectError(f"its {key} are no object of texts")
     return values
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return unique
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
