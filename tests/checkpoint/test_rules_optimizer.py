@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def test_a_gradient_scaler_explains_few_steps_fewer_and_not_many() -> None:
     assert findings(lightning([600], 1000, MixedPrecision="dict"), "CK401")[0][0] == "warning"
     assert findings(lightning([1001], 1000, MixedPrecision="dict"), "CK401")[0][0] == "error"
     assert findings(lightning([995], 1000), "CK401")[0][0] == "warning"
+
+
+def test_what_is_certain_was_called_usually_harmless() -> None:
+    ((severity, _, hint),) = findings(lightning([17], 10), "CK401")
+    assert severity == "error"
+    assert hint.endswith("put together from two saves. Use another checkpoint of this run.")
+
+
+def test_an_epoch_of_fewer_than_no_batches_is_reckoned_with_no_further() -> None:
+    for facts in (original(-1, 0), original(2, 20, -5)):
+        assert "error" in {severity for severity, _, _ in findings(facts, "CK301")}
+        assert not findings(facts, "CK401")
 
 
 def test_several_optimizers_are_counted_together() -> None:
@@ -262,6 +275,7 @@ FAULTS: dict[str, tuple[Edit, str, str, str]] = {
     "negative rate": (on_group(lr=-1e-3), "CK407", "error", "group 0: lr is -0.001"),
     "beta of 1": (on_group(betas=(0.9, 1.0)), "CK407", "error", "one of betas is 1 and must lie in [0, 1)"),
     "negative decay": (on_group(weight_decay=-1), "CK407", "error", "weight_decay is -1"),
+    "eps that is NaN": (on_group(eps=math.nan), "CK407", "error", "eps is nan"),
     "eps of 0": (on_group(eps=0.0), "CK407", "warning", "eps is 0"),
     "momentum of 1": (on_group(momentum=1.0), "CK407", "warning", "momentum is 1 and should be below 1"),
     "half of a state": (

@@ -62,6 +62,18 @@ def test_values_that_are_not_finite_are_found_where_they_are(trained: Path, tmp_
     assert said(report, "CK604") == "info: 1 weight holds nothing but zeros: layer.bias"
 
 
+def test_second_moments_that_are_all_zero_after_steps_are_told(trained: Path, tmp_path: Path) -> None:
+    def forget(checkpoint: dict[str, Any], parameters: tuple[int, ...] = (0, 1)) -> None:
+        for parameter in parameters:
+            checkpoint["optimizer_states"][0]["state"][parameter]["exp_avg_sq"].zero_()
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", forget)
+    assert "every exp_avg_sq is 0 after 7 steps" in said(verified(path, deep=True), "CK604")
+    assert not codes(verified(path, deep=True, purpose="inference"), "warning", "error")
+    path = edited(trained / "step=7.ckpt", tmp_path / "one.ckpt", lambda c: forget(c, (1,)))
+    assert not codes(verified(path, deep=True), "warning", "error"), "a parameter without a gradient has that too"
+
+
 def test_a_class_in_a_checkpoint_is_refused_until_it_is_vouched_for(trained: Path, tmp_path: Path) -> None:
     def add(checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = argparse.Namespace(width=3)
@@ -181,6 +193,22 @@ TRAINER_FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
         "CK602",
         "error",
         "classifier.dense.weight is not in the checkpoint",
+    ),
+    "names under a wrapper": (
+        lambda f: save_file(
+            {f"module.{n}": t for n, t in load_file(f / "model.safetensors").items()}, f / "model.safetensors"
+        ),
+        "CK602",
+        "warning",
+        "the weights' names begin with module.roberta., which RobertaForSequenceClassification does not know",
+    ),
+    "names of a compiled model": (
+        lambda f: save_file(
+            {f"_orig_mod.{n}": t for n, t in load_file(f / "model.safetensors").items()}, f / "model.safetensors"
+        ),
+        "CK602",
+        "warning",
+        "the weights' names begin with _orig_mod.roberta.",
     ),
     "no step": (
         lambda f: edit_json(f / "trainer_state.json", lambda s: s.pop("global_step")),

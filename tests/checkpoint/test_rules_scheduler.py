@@ -153,6 +153,14 @@ def test_a_fault_is_told(fault: str, tmp_path: Path) -> None:
     assert report.verdict is expected, report.findings
 
 
+def test_a_lost_schedule_whose_steps_were_counted_is_told(tmp_path: Path) -> None:
+    run(tmp_path, Scheduled(*HEALTHY["one cycle"]))
+    report = verify_checkpoint(
+        edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", lambda c: c["lr_schedulers"].clear())
+    )
+    assert "counted 7 steps of schedulers, and the checkpoint has none" in said(report, "CK501", "warning")
+
+
 def test_the_next_rates_are_those_that_follow(tmp_path: Path) -> None:
     run(tmp_path, Scheduled(*HEALTHY["one cycle"]))
     coming = [

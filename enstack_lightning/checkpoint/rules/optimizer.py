@@ -284,7 +284,7 @@ def unknown_parameter_state(facts: Facts, options: Options) -> Iterator[Outcome]
     for number, optimizer in enumerate(facts.optimizers or ()):
         times = Counter(p for g in optimizer.groups for p in g.params)
         stray = [p for p in {**optimizer.steps, **optimizer.moments} if p not in times]
-        if stray and times:
+        if stray and optimizer.groups:
             yield error(
                 f"optimizer {number} has state for {len(stray):,} parameters that are in none of its groups",
                 "optimizer",
@@ -466,7 +466,7 @@ def _odd_values(group: ParamGroupFacts, overshot: Container[float]) -> Iterator[
 def _numbers_in(value: object) -> list[float]:
     """The numbers of an option that is one, or several; a tensor's value is not known."""
     entries = value if isinstance(value, list | tuple) else [value]
-    return [float(e) for e in entries if isinstance(e, int | float) and not isinstance(e, bool) and abs(e) < 2**63]
+    return [float(e) for e in entries if isinstance(e, float) or (type(e) is int and abs(e) < 2**63)]
 
 
 @rule(

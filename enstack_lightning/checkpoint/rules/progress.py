@@ -47,7 +47,7 @@ def progress_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 def _beyond_the_epoch(facts: Facts) -> Iterator[Outcome]:
     done, batches = facts.progress.batches_in_epoch, facts.batches_per_epoch
-    if batches and done is not None and done > batches:
+    if batches and done is not None and done > batches > 0:
         yield error(
             f"{done:,} batches of the epoch are done, and an epoch has {batches:,}",
             "step",

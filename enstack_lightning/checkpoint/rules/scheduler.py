@@ -50,8 +50,8 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
     stepped = facts.progress.scheduler_steps
     if facts.schedulers == () and stepped and not facts.live:
         yield warning(
-            f"the loop counted {many(stepped, 'step')} of schedulers, and the checkpoint has none: a resume would begin "
-            "the schedule anew",
+            f"the loop counted {many(stepped, 'step')} of schedulers, and the checkpoint has none: a resume would "
+            "begin the schedule anew",
             "scheduler",
             "Expected if the run went on without the schedule that it began with; else use another checkpoint.",
         )

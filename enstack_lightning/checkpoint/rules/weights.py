@@ -270,8 +270,8 @@ def missing_weight(facts: Facts, options: Options) -> Iterator[Outcome]:
     With a `config.json` of BERT, RoBERTa or their like every layer must be there with all its weights, and so must the
     head of the class that it names. Without one (in a Lightning checkpoint) a layer that lacks what the others have is
     a warning, since a module may save a part of its weights on purpose. Not missed: poolers, weights that are tied to
-    others, buffers of positions, and anything in a checkpoint of an adapter (PEFT). Where all names begin with what a
-    wrapper put there (`module.` of DataParallel), `from_pretrained` finds none of them.
+    others, buffers of positions, and anything in a checkpoint of an adapter (PEFT). In a model's folder names that
+    begin with what a wrapper put there (`module.` of DataParallel) are a warning: `from_pretrained` finds none of them.
     """
     if any(d.kind is not DefectKind.MISSHAPEN for d in facts.defects):
         return  # a file that is missing or damaged is said by CK1xx, and what it holds is missed here too
@@ -286,13 +286,12 @@ def missing_weight(facts: Facts, options: Options) -> Iterator[Outcome]:
         return
     known = _is_known(facts)
     if facts.format is Format.HUGGINGFACE and _architecture(config) and (wrapper := _wrapper(facts)):
-        yield error(
-            f"the weights' names begin with {wrapper}, which {_architecture(config)} does not know: loading would make "
-            "them all anew, at random",
+        yield warning(
+            f"the weights' names begin with {wrapper}, which {_architecture(config)} does not know: from_pretrained "
+            "would make them all anew, at random",
             f"{wrapper}{_EMBEDDINGS}",
-            "Save the model that the wrapper holds (model.module.save_pretrained), or rename the weights.",
+            "Save the model that the wrapper holds (model.module.save_pretrained), or load them with code of your own.",
         )
-        return
     missing = [*_missing_in_encoder(encoder, config if known else {}), *_missing_in_head(encoder, config, known)]
     say = error if known else warning
     for name in missing[:MAX_LISTED]:
