@@ -71,6 +71,7 @@ class OddityKind(StrEnum):
     SPARSE_TENSOR = "sparse-tensor"
     CYCLE = "cycle"
     STRAY_FILE = "stray-file"
+    REFUSED_OPCODE = "refused-opcode"
     TOTAL_SIZE = "total-size"
 
 
@@ -208,6 +209,7 @@ class OptimizerFacts:
 
     Attributes:
         steps: the `step` of every parameter that has one (parameter -> steps).
+        unusable_steps: parameter and `step` of those whose step is NaN, infinite or negative.
         moments: the shape of every tensor in a parameter's state (parameter -> entry -> shape), scalars left out.
     """
 
@@ -215,6 +217,7 @@ class OptimizerFacts:
     steps: Mapping[int | str, float]
     parameters_with_state: int
     moments: Mapping[int | str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    unusable_steps: tuple[tuple[int | str, float], ...] = ()
 
     @property
     def parameter_count(self) -> int:

@@ -20,7 +20,7 @@ from enstack_lightning.checkpoint.facts import ParamGroupFacts
 NEXT_RATES = 5
 CURVE_POINTS = 200
 MAX_GROUPS = 1_000
-MAX_PARTS = 100
+MAX_PARTS = 20
 MAX_MILESTONES = 10_000
 SAME_RATE = 1e-6
 """Relative difference up to which two learning rates are the same: torch reckons most schedules step by step."""
@@ -262,6 +262,9 @@ def _schedule_of(state: Mapping[str, Any], kind: str | None, groups: Sequence[Pa
     formula = _FORMULAS.get(kind)
     if formula is None:
         raise _Unknown
+    if kind in _FACTORS:
+        factor = [formula(state, 1.0)]  # once, and not for each group: milestones may be many
+        return _Schedule(tuple(_product(base, factor) for base in bases), _end_of(state, kind))
     return _Schedule(tuple(formula(state, base) for base in bases), _end_of(state, kind))
 
 

@@ -48,6 +48,7 @@ _PICKLE = "data.pkl"
 _SERIALIZATION_ID = ".data/serialization_id"
 _ALIGNMENT = ".storage_alignment"
 _OWN_RECORDS = (".format_version", _ALIGNMENT, "byteorder", "version", ".data/version", _SERIALIZATION_ID)
+_NAMED_BY_TORCH = (_PICKLE, "constants.pkl")
 _FORMS = {
     "float64": "d",
     "float32": "f",
@@ -300,6 +301,9 @@ class TorchFile:
             return b""
 
     def _check_own_records(self) -> None:
+        for name in self.records.keys() - {*_OWN_RECORDS, *_NAMED_BY_TORCH}:
+            if name.lower() in (*_OWN_RECORDS, *_NAMED_BY_TORCH):
+                self._note(f"torch takes it for {name.lower()}, as it looks names up without regard to case", name)
         if not {"version", ".data/version"} & self._own.keys():
             self._note("it is missing, and torch.load refuses an archive without it", "version")
         for name in ("version", ".data/version"):

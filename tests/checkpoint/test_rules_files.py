@@ -212,7 +212,8 @@ def test_odd_containers(kind: OddityKind, severity: str) -> None:
 @pytest.mark.parametrize("kind", OddityKind)
 def test_no_oddity_is_forgotten(kind: OddityKind) -> None:
     facts = files("c.ckpt", oddities=(Oddity(kind, "c.ckpt", "it is odd"),))
-    assert [message for _, _, message in findings(facts, "CK111", "CK605")] == ["c.ckpt: it is odd"]
+    (message,) = (message for _, _, message in findings(facts, "CK111", "CK605", "CK705"))
+    assert message.startswith("c.ckpt: it is odd")
 
 
 # State

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from enstack_lightning.checkpoint import Finding, Options, Severity, judge
+from enstack_lightning.checkpoint import Finding, Options, Severity, judge, verify_checkpoint
 from enstack_lightning.checkpoint.facts import Facts, Format, GlobalFacts
 from enstack_lightning.checkpoint.rules.safety import (
     METADATA_GLOBALS,
@@ -214,3 +214,18 @@ def test_what_is_loaded_without_a_list_may_name_only_what_is_on_it() -> None:
     assert "weights_only=False" in found.message
     (vouched,) = findings("mine Config", loader="torch", where=where, allow_globals=frozenset({"mine.Config"}))
     assert (vouched.code, "add_safe_globals" in vouched.message) == ("CK702", False)
+
+
+# Opcodes
+
+
+@pytest.mark.parametrize(("protocol", "refused"), [(2, False), (4, True), (5, True)])
+def test_a_pickle_that_a_safe_load_cannot_read_is_an_error(protocol: int, refused: bool, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "t.pt", pickle_protocol=protocol)
+    report = verify_checkpoint(tmp_path / "t.pt", Options(purpose="inference"))
+    assert ["CK705"] * refused == [f.code for f in report.of(Severity.ERROR)]
+
+
+def test_opcodes_of_a_pickle_that_is_not_loaded_safely_anyway_are_none_of_its_business(tmp_path: Path) -> None:
+    torch.distributed.checkpoint.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "d")
+    assert "CK705" not in {f.code for f in verify_checkpoint(tmp_path / "d").findings}

@@ -10,13 +10,16 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from builders import edited, train_lightning
 from torch.utils.serialization import config as save_config
 
-from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Severity, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind
 from enstack_lightning.checkpoint.inert_pickle import StorageDescriptor, TensorDescriptor
@@ -76,7 +79,11 @@ def test_files_of_torch_are_read_without_complaint(name: str, deep: bool, tmp_pa
 def test_pickles_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "t.pt", pickle_protocol=protocol)
     facts = facts_of(tmp_path / "t.pt", deep=True)
-    assert (facts.defects, facts.oddities) == ((), ())
+    assert not facts.defects
+    refused = [(o.kind, o.where) for o in facts.oddities]
+    assert refused == ([(OddityKind.REFUSED_OPCODE, "t.pt:data.pkl")] if protocol > 3 else [])
+    with pytest.raises(pickle.UnpicklingError) if refused else nullcontext():
+        torch.load(tmp_path / "t.pt", weights_only=True)
 
 
 def test_files_saved_to_a_stream_are_read(tmp_path: Path) -> None:
@@ -325,6 +332,11 @@ CONTENTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "version text": (lambda p, o: rewrite(p, o, {"version": b"3.0"}), "torch reads versions 1 to 10"),
     "version long": (lambda p, o: rewrite(p, o, {"version": b"3" * 5_000}), "5,000 bytes; torch writes a few"),
     "byteorder": (lambda p, o: rewrite(p, o, {"byteorder": b"middle"}), "b'middle'; torch reads"),
+    "byte order in capitals": (
+        lambda p, o: rewrite(p, o, {"byteorder": None, "BYTEORDER": b"big"}),
+        "takes it for byteorder",
+    ),
+    "code in capitals": (lambda p, o: rewrite(p, o, {"Constants.pkl": b"x"}), "takes it for constants.pkl"),
     "alignment": (lambda p, o: rewrite(p, o, {".storage_alignment": b"0"}), "where a number of bytes is needed"),
     "no fingerprint": (lambda p, o: rewrite(p, o, {".data/serialization_id": b"1" * 39}), "40 digits are needed"),
     "no storage": (lambda p, o: rewrite(p, o, {"data/1": None}), "data/1 it is missing"),
@@ -503,3 +515,33 @@ def test_an_archive_of_hostile_size_is_refused_quickly(tmp_path: Path) -> None:
         began = time.perf_counter()
         assert facts_of(tmp_path / "o.pt").defects
         assert time.perf_counter() - began < 3
+
+
+@pytest.mark.parametrize("where", ["state_dict", "optimizer_states"])
+def test_tensors_without_values_are_a_defect(where: str, tmp_path: Path) -> None:
+    def lost(state: dict[str, Any]) -> None:
+        held = state["state_dict"] if where == "state_dict" else state["optimizer_states"][0]["state"][0]
+        held["layer.bias" if where == "state_dict" else "exp_avg"] = torch.empty(2, device="meta")
+
+    checkpoint = edited(next(train_lightning(tmp_path / "run").glob("*.ckpt")), tmp_path / "c.ckpt", lost)
+    report = verify_checkpoint(checkpoint, Options(purpose="inference"))
+    assert "have no values in it" in str(report.of(Severity.ERROR))
+
+
+NAN = torch.tensor([1.0, float("nan")])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": {"b": NAN}, "a.b": torch.ones(2)},
+        {"a.b": torch.ones(2), "a": {"b": NAN}},
+        {0: NAN, "0": torch.ones(2)},
+        {"0": torch.ones(2), 0: NAN},
+        {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": {"j": NAN}}}}}}}}}, "w": torch.ones(2)},
+    ],
+)
+def test_a_nan_is_found_under_any_name(state: dict[Any, Any], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "t.pt")
+    report = verify_checkpoint(tmp_path / "t.pt", Options(deep=True, purpose="inference"))
+    assert "CK603" in {f.code for f in report.of(Severity.ERROR)}

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Facts, Format, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
-from enstack_lightning.checkpoint.readers.shapes import misshapen
+from enstack_lightning.checkpoint.readers.shapes import misshapen, must_be, shown_value
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
@@ -43,6 +43,8 @@ _SCALERS = ("MixedPrecision", "MixedPrecisionPlugin", "NativeMixedPrecisionPlugi
 _LOADERS = ("loops", "fit_loop", "state_dict", "combined_loader")
 _OF_TORCHDATA = {"yielded", "generator"}
 """The state of torchdata's `RandomSampler`; its `BatchSampler` of another sampler without a state has none."""
+_VERSION = re.compile(r"v?\d{1,9}(\.\d{1,9}){0,5}[-_.+a-z0-9]{0,100}", re.ASCII | re.IGNORECASE)
+"""A version as packaging reads it, roughly: PEP 440."""
 _TRAINING_ENTRIES = ("optimizer_states", "lr_schedulers")
 
 
@@ -67,7 +69,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
-        defects=misshapen(checkpoint, "optimizer_states", "lr_schedulers"),
+        defects=(*misshapen(checkpoint, "optimizer_states", "lr_schedulers"), *_unloadable(checkpoint)),
         fields=field_types(checkpoint),
         tensors=tensors_of(checkpoint.get("state_dict")),
         progress=progress_facts(checkpoint),
@@ -103,6 +105,20 @@ def _stops_at_once(position: object) -> bool:
     sampler = at(position if of_workers is None else of_workers, ["_sampler_iter_state"])
     own = at(sampler, ["sampler_iter_state"])
     return isinstance(sampler, Mapping) and (own is None or (isinstance(own, Mapping) and set(own) <= _OF_TORCHDATA))
+
+
+def _unloadable(checkpoint: Mapping[str, Any]) -> Iterator[Defect]:
+    """What ends every load by Lightning in an exception, for whatever purpose."""
+    version, callbacks, weights = (checkpoint.get(name) for name in (VERSION_KEY, "callbacks", "state_dict"))
+    if VERSION_KEY in checkpoint and not (isinstance(version, str) and _VERSION.fullmatch(version)):
+        message = f"it is {shown_value(version)}, and must be a version: Lightning would end there"
+        yield Defect(DefectKind.DAMAGED, VERSION_KEY, message)
+    if callbacks is not None and not isinstance(callbacks, Mapping):
+        yield Defect(DefectKind.DAMAGED, "callbacks", must_be("it", callbacks, "a dict"))
+    odd = [key for key in weights if not isinstance(key, str)] if isinstance(weights, Mapping) else []
+    if odd:
+        message = f"{len(odd):,} of its names are no text, the first {shown_value(odd[0])}: a module would not load it"
+        yield Defect(DefectKind.DAMAGED, "state_dict", message)
 
 
 def _named_weights(checkpoint: Mapping[str, Any]) -> dict[str, TensorDescriptor]:

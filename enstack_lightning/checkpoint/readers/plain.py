@@ -27,6 +27,7 @@ from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
+    by_name,
     field_types,
     named_moments,
     optimizer_of,
@@ -37,9 +38,6 @@ from enstack_lightning.checkpoint.readers.states import (
 from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive, defect_of
 from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, spans
 from enstack_lightning.checkpoint.source import ContainerDefectError
-
-MAX_DEPTH = 8
-MAX_VALUES = 1_000_000
 
 _LIGHTNING_ENTRIES = ("loops", "optimizer_states", "lr_schedulers", "callbacks")
 
@@ -88,7 +86,7 @@ def weights_in(value: object) -> dict[str, TensorDescriptor]:
 
     The key that all of them share (`state_dict`, `model`) is left out.
     """
-    found = dict(_tensors_below(value))
+    found = by_name(_tensors_below(value))
     first = {name.partition(".")[0] for name in found}
     if isinstance(value, Mapping) and len(first) == 1 and isinstance(value.get(key := first.pop()), Mapping):
         return {name.removeprefix(f"{key}."): tensor for name, tensor in found.items()}
@@ -98,13 +96,11 @@ def weights_in(value: object) -> dict[str, TensorDescriptor]:
 def _tensors_below(value: object) -> Iterator[tuple[str, TensorDescriptor]]:
     if isinstance(value, TensorDescriptor):
         yield "tensor", value
-    waiting: list[tuple[str, object, int]] = [("", value, 0)]
+    waiting: list[tuple[str, object]] = [("", value)]
     seen: set[int] = set()
-    for _ in range(MAX_VALUES):
-        if not waiting:
-            return
-        path, holder, depth = waiting.pop()
-        if depth > MAX_DEPTH or id(holder) in seen or _is_optimizer(holder) or _is_scheduler(holder):
+    while waiting:
+        path, holder = waiting.pop()
+        if id(holder) in seen or _is_optimizer(holder) or _is_scheduler(holder):
             continue
         seen.add(id(holder))
         below = []
@@ -113,7 +109,7 @@ def _tensors_below(value: object) -> Iterator[tuple[str, TensorDescriptor]]:
             if isinstance(inner, TensorDescriptor):
                 yield name, inner
             elif isinstance(inner, Mapping | list | tuple):
-                below.append((name, inner, depth + 1))
+                below.append((name, inner))
         waiting += reversed(below)
 
 

@@ -14,6 +14,15 @@ from enstack_lightning.checkpoint.facts import Defect, DefectKind
 
 _INT64_LIMIT = 2**63
 _COUNTERS = ("ready", "started", "processed", "completed")
+_EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
+_WITHOUT_RATE = ("relative_step", "scale_parameter")
+"""Options of the optimizer that may reckon its own rate, with None in `lr`: transformers' Adafactor."""
+
+MAX_STATES = 1_000
+"""Optimizers, and schedulers, of one checkpoint that are read."""
+
+MAX_GROUPS = 20_000
+"""Param groups of all of them, which take about half a second."""
 
 
 def misshapen(state: Mapping[str, Any], optimizers: str, schedulers: str) -> tuple[Defect, ...]:
@@ -28,18 +37,27 @@ def misshapen(state: Mapping[str, Any], optimizers: str, schedulers: str) -> tup
     for name in ("epoch", "global_step", "step", "total_batches"):
         if isinstance(state.get(name), int):
             found += _not_a_count(state[name], name, lowest=-_INT64_LIMIT)  # a rule judges negative ones
+    groups = 0
     for where, entry in _each(state, optimizers):
         found += _in_optimizer(entry, where)
+        inner = entry.get("param_groups") if isinstance(entry, Mapping) else None
+        groups += len(inner) if isinstance(inner, list) else 0
+    if groups > MAX_GROUPS:
+        found.append(f"{optimizers} has {groups:,} param groups, of which {MAX_GROUPS:,} are read")
+    for name in (optimizers, schedulers):
+        if isinstance(state.get(name), list) and len(state[name]) > MAX_STATES:
+            found.append(f"{name} has {len(state[name]):,} entries, of which {MAX_STATES:,} are read")
     for where, entry in _each(state, schedulers):
         found += _in_scheduler(entry, where)
-    found += _in_counters(state.get("loops"), "loops")
+    if "loops" in state:
+        found += _in_loops(state["loops"])
     return tuple(Defect(DefectKind.MISSHAPEN, message.partition(" ")[0], message) for message in found)
 
 
 def _each(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, object]]:
     value = state.get(name)
     if isinstance(value, list):
-        yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value[:MAX_STATES]))
     elif value is not None:
         yield name, value
 
@@ -53,32 +71,80 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
     groups, states = entry.get("param_groups"), entry.get("state")
     if not isinstance(groups, list):
         yield must_be(f"{where}.param_groups", groups, "a list")
-    for i, group in enumerate(groups if isinstance(groups, list) else ()):
+    for i, group in enumerate(groups[:MAX_GROUPS] if isinstance(groups, list) else ()):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             yield f"{where}.param_groups[{i}] has no list of params"
             continue
-        for name in ("lr", "initial_lr"):
-            yield from not_a_number(group.get(name), f"{where}.param_groups[{i}].{name}")
+        yield from _in_group(group, f"{where}.param_groups[{i}]")
     if not isinstance(states, Mapping):
         yield must_be(f"{where}.state", states, "a dict")
         return
     for key, state in states.items():
         if isinstance(state, Mapping) and "step" in state:
-            yield from not_a_number(state["step"], f"{where}.state[{key!r:.20}].step", optional=False)
+            yield from _not_a_step(state["step"], f"{where}.state[{shown_value(key):.20}].step")
+        elif isinstance(key, int) and not isinstance(state, Mapping):
+            yield must_be(f"{where}.state[{shown_value(key)}]", state, "a dict")
+
+
+def _in_group(group: Mapping[Any, Any], where: str) -> Iterator[str]:
+    odd = [p for p in group["params"] if not isinstance(p, int | str)]
+    if odd:
+        yield must_be(f"{where}.params", odd[0], "a list of numbers or names")
+    for name in ("lr", "initial_lr", "max_lr", "weight_decay"):
+        yield from not_a_number(group.get(name), f"{where}.{name}")
+    if "lr" in group and group["lr"] is None and not any(name in group for name in _WITHOUT_RATE):
+        yield must_be(f"{where}.lr", None, "a number")
+    betas = group.get("betas", (0.0,))
+    if not isinstance(betas, list | tuple) or not betas:
+        yield must_be(f"{where}.betas", betas, "a pair of numbers")
+        return
+    for beta in betas:
+        yield from not_a_number(beta, f"{where}.betas")
+
+
+def _not_a_step(step: object, where: str) -> Iterable[str]:
+    shape = getattr(step, "shape", ())
+    if math.prod(shape) != 1:
+        return [f"{where} is a tensor of shape {tuple(shape)!s:.40}, and must be one number"]
+    return not_a_number(step, where, optional=False)
 
 
 def _in_scheduler(entry: object, where: str) -> Iterator[str]:
     if not isinstance(entry, Mapping):
         yield must_be(where, entry, "a dict")
         return
-    yield from not_a_number(entry.get("last_epoch"), f"{where}.last_epoch")
+    if "last_epoch" in entry:
+        yield from not_a_number(entry["last_epoch"], f"{where}.last_epoch", optional=False)
     for name in ("_last_lr", "base_lrs"):
         value = entry.get(name)
         if isinstance(value, list | tuple):
+            if not value:
+                yield f"{where}.{name} is empty, and must have a rate for each param group"
             for i, rate in enumerate(value):
                 yield from not_a_number(rate, f"{where}.{name}[{i}]", optional=False)
         elif value is not None:
             yield must_be(f"{where}.{name}", value, "a list")
+
+
+def _in_loops(loops: object) -> Iterator[str]:
+    """The counters that a resume goes on from: those that are missing, and those that are no counters.
+
+    Lightning restores the counters that it finds, and begins without a word at 0 where it finds none.
+    """
+    if not isinstance(loops, Mapping):
+        return  # for a rule to say
+    loop = loops.get("fit_loop")
+    if not isinstance(loop, Mapping):
+        yield must_be("loops.fit_loop", loop, "a dict")
+        return
+    for name in (_EPOCHS, _BATCHES):
+        counter = loop.get(name)
+        if not isinstance(counter, Mapping) or not {"total", "current"} <= counter.keys():
+            yield f"loops.fit_loop.{name} lacks its counters, total and current: a resume would count from 0"
+    for name in ("optim_progress", "optim_step_progress"):  # of automatic and of manual optimization
+        if not any(str(entry).endswith(f".{name}") for entry in loop):
+            yield f"loops.fit_loop lacks {name}, which counts optimizer steps: a resume would count from 0"
+    yield from _in_counters(loops, "loops")
 
 
 def _in_counters(value: object, where: str) -> Iterator[str]:
@@ -91,6 +157,9 @@ def _in_counters(value: object, where: str) -> Iterator[str]:
         for key, inner in entry.items():
             if key in ("total", "current"):
                 yield from _in_counter(inner, f"{path}.{key}")
+            elif key == "is_last_batch":
+                if not isinstance(inner, bool):
+                    yield must_be(f"{path}.{key}", inner, "a bool")
             elif key != "state_dict":
                 waiting.append((inner, f"{path}.{key}"))
 
@@ -98,7 +167,9 @@ def _in_counters(value: object, where: str) -> Iterator[str]:
 def _in_counter(value: object, where: str) -> Iterable[str]:
     if not isinstance(value, Mapping):
         return [must_be(where, value, "a dict")]
-    return [said for name in _COUNTERS if name in value for said in _not_a_count(value[name], f"{where}.{name}", 0)]
+    lacking = [f"{where} lacks its entry {name}" for name in ("ready", "completed") if name not in value]
+    present = (name for name in _COUNTERS if name in value)
+    return [*lacking, *(said for name in present for said in _not_a_count(value[name], f"{where}.{name}", 0))]
 
 
 def _not_a_count(value: object, where: str, lowest: int) -> list[str]:

@@ -7,7 +7,7 @@ The same functions serve a file's symbolic content and a dict that was really lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import (
@@ -17,7 +17,11 @@ from enstack_lightning.checkpoint.facts import (
     TensorFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
-from enstack_lightning.checkpoint.schedule import describe
+from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, MAX_STATES
+from enstack_lightning.checkpoint.schedule import ScheduleFacts, describe
+
+MAX_DESCRIBED = 50
+"""Schedulers of one checkpoint whose schedules are reckoned, each for all its param groups."""
 
 ScalarReader = Callable[[Any], float | None]
 """The value of a scalar tensor, or None when it cannot be told."""
@@ -34,24 +38,33 @@ def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[Optimizer
     """Facts of a list of `Optimizer.state_dict()`; None when the value is no such list."""
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         return None
-    return tuple(optimizer_of(e, read_scalar) for e in entries)
+    optimizers: list[OptimizerFacts] = []
+    left = MAX_GROUPS
+    for entry in entries[:MAX_STATES]:
+        optimizers.append(optimizer_of(entry, read_scalar, left))
+        left -= len(optimizers[-1].groups)
+    return tuple(optimizers)
 
 
-def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader) -> OptimizerFacts:
+def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups: int = MAX_GROUPS) -> OptimizerFacts:
     """Facts of one `Optimizer.state_dict()`: `{"state": {id: {...}}, "param_groups": [...]}`."""
     groups = entry.get("param_groups")
     states = entry.get("state")
     states = states if isinstance(states, Mapping) else {}
     steps = {}
+    unusable = []
     for key, state in states.items():
         if isinstance(state, Mapping) and "step" in state:
             step = number(state["step"])
             step = read_scalar(state["step"]) if step is None else step
             if step is not None and math.isfinite(step):
                 steps[key] = step
+            if step is not None and not 0 <= step < math.inf:
+                unusable.append((key, step))
     return OptimizerFacts(
-        groups=tuple(_group_of(g) for g in groups if isinstance(g, Mapping)) if isinstance(groups, list) else (),
+        groups=_groups_of(groups[:max_groups], read_scalar) if isinstance(groups, list) else (),
         steps=steps,
+        unusable_steps=tuple(unusable),
         parameters_with_state=sum(1 for s in states.values() if s),
         moments={key: shapes for key, s in states.items() if isinstance(s, Mapping) and (shapes := _moment_shapes(s))},
     )
@@ -61,7 +74,17 @@ def named_weights(state_dict: object) -> dict[str, TensorDescriptor]:
     """The tensors of a state dict from a file, by name; empty when the value is no such dict."""
     if not isinstance(state_dict, Mapping):
         return {}
-    return {str(name): value for name, value in state_dict.items() if isinstance(value, TensorDescriptor)}
+    return by_name((str(name), value) for name, value in state_dict.items() if isinstance(value, TensorDescriptor))
+
+
+def by_name(tensors: Iterable[tuple[str, TensorDescriptor]]) -> dict[str, TensorDescriptor]:
+    """The tensors by name; of two that are called the same, as by the keys `0` and `"0"`, each is kept."""
+    named: dict[str, TensorDescriptor] = {}
+    for name, tensor in tensors:
+        if name in named:
+            name = f"{name} (again, as number {len(named):,})"
+        named[name] = tensor
+    return named
 
 
 def named_moments(optimizer_states: object) -> dict[str, TensorDescriptor]:
@@ -74,14 +97,16 @@ def named_moments(optimizer_states: object) -> dict[str, TensorDescriptor]:
         The tensors under names such as `optimizer 0, parameter 3, exp_avg`.
     """
     entries = optimizer_states if isinstance(optimizer_states, list) else [optimizer_states]
-    named = {}
+    return by_name(_moments_of(entries))
+
+
+def _moments_of(entries: list[Any]) -> Iterator[tuple[str, TensorDescriptor]]:
     for i, entry in enumerate(entries):
         states = at(entry, ["state"])
         for key, state in states.items() if isinstance(states, Mapping) else ():
             for name, value in state.items() if isinstance(state, Mapping) else ():
                 if isinstance(value, TensorDescriptor):
-                    named[f"optimizer {i}, parameter {key}, {name}"] = value
-    return named
+                    yield f"optimizer {i}, parameter {key}, {name}", value
 
 
 def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -93,12 +118,21 @@ def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _group_of(group: Mapping[str, Any]) -> ParamGroupFacts:
+def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:
+    return tuple(_group_of(g, read_scalar) for g in groups if isinstance(g, Mapping))
+
+
+def _scalar(value: object, read_scalar: ScalarReader) -> float | None:
+    """A number, or that of a tensor of one element, which an optimizer on a GPU may keep it in."""
+    return read_scalar(value) if hasattr(value, "dtype") else number(value)
+
+
+def _group_of(group: Mapping[str, Any], read_scalar: ScalarReader) -> ParamGroupFacts:
     params = group.get("params")
     momentum = number(group.get("momentum"))
     return ParamGroupFacts(
-        params=tuple(params) if isinstance(params, list) else (),
-        lr=number(group.get("lr")),
+        params=tuple(p for p in params if isinstance(p, int | str)) if isinstance(params, list) else (),
+        lr=_scalar(group.get("lr"), read_scalar),
         initial_lr=number(group.get("initial_lr")),
         max_lr=number(group.get("max_lr")),
         keeps_moments=bool(momentum) or not _OF_OPTIMIZERS_WITH_STATE.isdisjoint(map(str, group)),
@@ -117,18 +151,22 @@ def schedulers_of(
     """Facts of a list of `LRScheduler.state_dict()`; None when the value is no such list."""
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         return None
-    return tuple(scheduler_of(e, _groups_under(i, len(entries), optimizers or ())) for i, e in enumerate(entries))
+    groups = [_groups_under(i, len(entries), optimizers or ()) for i in range(min(len(entries), MAX_STATES))]
+    return tuple(scheduler_of(e, g, i < MAX_DESCRIBED) for i, (e, g) in enumerate(zip(entries, groups, strict=False)))
 
 
-def scheduler_of(entry: Mapping[str, Any], groups: Sequence[ParamGroupFacts] = ()) -> SchedulerFacts:
+def scheduler_of(
+    entry: Mapping[str, Any], groups: Sequence[ParamGroupFacts] = (), described: bool = True
+) -> SchedulerFacts:
     """Facts of one `LRScheduler.state_dict()`.
 
     Args:
         groups: the param groups of its optimizer, where it is known which that is.
+        described: whether to reckon its schedule.
     """
     # A ChainedScheduler has a position of its own that never moves; those of its parts count.
     chained = "_schedulers" in entry and "_milestones" not in entry
-    schedule = describe(entry, groups)
+    schedule = describe(entry, groups) if described else ScheduleFacts()
     return SchedulerFacts(
         last_epoch=None if chained else whole(entry.get("last_epoch")),
         last_lr=_numbers(entry.get("_last_lr")),

@@ -20,6 +20,7 @@ from enstack_lightning.checkpoint.facts import (
     GlobalFacts,
     Loader,
     Oddity,
+    OddityKind,
     ValueFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import Global, TensorDescriptor, Unpickled
@@ -108,6 +109,7 @@ class TorchArchive:
             self.value = content.value
             self.oddities += [Oddity(kind, f"{self.name}:data.pkl", message) for kind, message in content.oddities]
             self.globals = self._globals_of(content.globals)
+            self._note_opcodes(content.refused_opcodes)
             self._check_storages(content.tensors)
         except ContainerDefectError as e:
             self.globals = self._globals_of(globals_seen(e))
@@ -133,6 +135,8 @@ class TorchArchive:
         Without `deep` it only counts the bytes that were not read.
         """
         self._scanned = True
+        self._check_values(weights, "weights")
+        self._check_values(moments, "tensors of optimizers")
         if self._file is None or self._source is None:
             return
         not_read = self._file.not_read if isinstance(self._file, TorchFile) else 0
@@ -178,6 +182,19 @@ class TorchArchive:
                 self._file.check_storage(tensor)
             except ContainerDefectError as e:
                 self._note(e)
+
+    def _check_values(self, tensors: Mapping[str, TensorDescriptor], what: str) -> None:
+        empty = [name for name, t in tensors.items() if t.storage is None and not t.parts]
+        if empty:
+            message = f"{len(empty):,} of its {what} have no values in it, as on the meta device: {empty[0]:.80}"
+            self._add([Defect(DefectKind.DAMAGED, f"{self.name}:data.pkl", message)])
+
+    def _note_opcodes(self, refused: tuple[int, ...]) -> None:
+        """Notes opcodes that the pickle's loader does not know; only a full unpickler knows them all."""
+        if refused and self._loader in ("weights_only", "transformers"):
+            shown = ", ".join(f"0x{opcode:02x}" for opcode in refused)
+            message = f"it has opcodes that torch.load(weights_only=True) does not know ({shown})"
+            self.oddities.append(Oddity(OddityKind.REFUSED_OPCODE, f"{self.name}:data.pkl", message))
 
     def _globals_of(self, symbols: Iterable[Global]) -> tuple[GlobalFacts, ...]:
         where = f"{self.name}:data.pkl"

@@ -3,6 +3,8 @@ CK6xx weights, CK7xx safety, CK8xx manifest, CK9xx drift."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.rules import (
     drift,
@@ -20,6 +22,9 @@ from enstack_lightning.checkpoint.rules.rule import RULES, Finding, Options, Rul
 __all__ = ["RULES", "Finding", "Options", "Rule", "Severity", "judge"]
 
 _FAMILIES = (files, state, progress, optimizer, scheduler, weights, safety, manifest, drift)
+MAX_FINDINGS = 500
+"""Of one rule on one checkpoint: what is listed one by one must not grow without end with a hostile file."""
+
 _RESUME_ONLY = ("CK3", "CK4", "CK5", "CK9")
 
 
@@ -27,7 +32,17 @@ def judge(facts: Facts, options: Options | None = None) -> tuple[Finding, ...]:
     """The findings of every rule that the options leave, in the order of the rules' codes."""
     options = options or Options()
     rules = [rule for code, rule in sorted(RULES.items()) if _applies(code, options)]
-    return tuple(finding for rule in rules for finding in rule.findings(facts, options))
+    return tuple(finding for rule in rules for finding in _limited(rule.findings(facts, options)))
+
+
+def _limited(findings: list[Finding]) -> list[Finding]:
+    """At most `MAX_FINDINGS` of a rule, and one as severe as the worst of the others that says how many they are."""
+    if len(findings) <= MAX_FINDINGS:
+        return findings
+    rest = findings[MAX_FINDINGS:]
+    worst = max(rest, key=lambda finding: [*Severity].index(finding.severity))
+    message = f"{len(rest):,} further findings of this rule are not listed"
+    return [*findings[:MAX_FINDINGS], dataclasses.replace(worst, message=message, where="", hint="")]
 
 
 def _applies(code: str, options: Options) -> bool:

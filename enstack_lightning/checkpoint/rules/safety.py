@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from enstack_lightning.checkpoint.facts import Facts, GlobalFacts
+from enstack_lightning.checkpoint.facts import Facts, GlobalFacts, OddityKind
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.wording import many
 
@@ -289,6 +289,27 @@ def unjudged_pickle(facts: Facts, options: Options) -> Iterator[Outcome]:
             where,
             "Do not load it, unless it is your own.",
         )
+
+
+@rule(
+    "CK705",
+    "refused-opcode",
+    compares="the opcodes of every pickle with those that torch.load(weights_only=True) knows",
+    source="torch/_weights_only_unpickler.py, Unpickler.load",
+)
+def refused_opcode(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """A pickle has opcodes at which `torch.load(weights_only=True)`, the default, ends with an exception.
+
+    It knows those of pickle protocol 2, which `torch.save` writes, and few others. A file saved with
+    `pickle_protocol=4` or 5, or by another library, can only be loaded with `weights_only=False`.
+    """
+    for oddity in facts.oddities:
+        if oddity.kind is OddityKind.REFUSED_OPCODE:
+            yield error(
+                f"{oddity.where}: {oddity.message}: a resume will refuse it",
+                oddity.where,
+                "Save it again without pickle_protocol; to load it takes weights_only=False, so only if you wrote it.",
+            )
 
 
 @rule(

@@ -52,7 +52,7 @@ def _without_loops(needed: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[
 
 
 def _before_loops(facts: Facts) -> bool:
-    version = re.match(r"(\d+)\.(\d+)", facts.versions.get("lightning", ""))
+    version = re.match(r"(\d{1,9})\.(\d{1,9})", facts.versions.get("lightning", ""))
     return version is not None and (int(version[1]), int(version[2])) < _LOOPS_SINCE
 
 
@@ -137,6 +137,16 @@ def misshapen_entry(facts: Facts, options: Options) -> Iterator[Outcome]:
         for defect in facts.defects:
             if defect.kind is DefectKind.MISSHAPEN:
                 yield error(defect.message, defect.where, "Use another checkpoint of this run.")
+        for number, optimizer in enumerate(facts.optimizers or ()):
+            if optimizer.unusable_steps:
+                parameter, step = optimizer.unusable_steps[0]
+                count = len(optimizer.unusable_steps)
+                yield error(
+                    f"optimizer {number}: {many(count, 'parameter')} with a step that is no count, the first {step:g} "
+                    f"of parameter {parameter}",
+                    "optimizer",
+                    "Use another checkpoint of this run.",
+                )
 
 
 @rule(
