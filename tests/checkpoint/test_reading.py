@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed
 from builders import BATCHES, edited, enstack_folder
+from genuine import GENUINE, huggingface_trainer
+from safetensors.torch import save_file
 
 import enstack_lightning
 from enstack_lightning.checkpoint import (
@@ -78,17 +81,69 @@ def test_odd_tensors_are_read(tmp_path: Path, trained: Path) -> None:
     assert {t.name: t.shape for t in report.facts.tensors} == {n: tuple(t.shape) for n, t in tensors.items()}
 
 
-def test_verifying_imports_no_torch_and_takes_no_part_of_lightning(trained: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from enstack_lightning.cli.main import main\n"
-        "status = main(['verify', *sys.argv[1:]])\n"
-        "heavy = {'torch', 'lightning', 'pytorch_lightning', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else status)"
-    )
-    paths = [str(trained / "step=7.ckpt"), str(enstack_folder(tmp_path / "c"))]
-    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, check=False)
+HEAVY = {"torch", "lightning", "pytorch_lightning", "transformers", "safetensors", "datasets", "pandas"}
+WATCHED = """
+import sys
+from enstack_lightning.cli.main import main
+status = main(sys.argv[2:])
+heavy = set(sys.argv[1].split()) & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+@pytest.fixture(scope="module")
+def of_every_format(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("formats")
+    weights = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    torch.save(weights, folder / "new.pt")
+    torch.save(weights, folder / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(weights, folder / "w.safetensors")
+    distributed.save(weights, checkpoint_id=folder / "sharded", no_dist=True)
+    (folder / "trainer").mkdir()
+    return {
+        "lightning": trained / "step=7.ckpt",
+        "enstack": enstack_folder(folder / "enstack"),
+        "enstack with .bin": enstack_folder(folder / "bin", weights="pytorch_model.bin"),
+        "torch": folder / "new.pt",
+        "torch before 1.6": folder / "old.pt",
+        "safetensors": folder / "w.safetensors",
+        "sharded": folder / "sharded",
+        "trainer": huggingface_trainer(folder / "trainer", 3),
+        "model": GENUINE["huggingface model, several shards"].write(folder / "trainer"),
+        "several": trained,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "heavy"),
+    [
+        ("", HEAVY | {"numpy", "yaml", "fsspec", "blake3", "isal"}),
+        ("--format json", HEAVY | {"numpy", "yaml", "fsspec", "blake3", "isal"}),
+        ("--format html", HEAVY | {"numpy", "yaml", "fsspec"}),
+        ("--format sarif", HEAVY | {"numpy", "yaml", "fsspec"}),
+        ("--deep", HEAVY),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_verifying_any_format_imports_no_library_that_wrote_it(
+    options: str, heavy: set[str], of_every_format: dict[str, Path]
+) -> None:
+    arguments = ["verify", "--for", "inference", *options.split(), *map(str, of_every_format.values())]
+    command = [sys.executable, "-c", WATCHED, " ".join(heavy), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("PASS") == 2
+
+
+@pytest.mark.parametrize("call", ["quick_verify_checkpoint", "verify_checkpoint", "find_last_good"])
+def test_the_functions_import_no_library_that_wrote_it(call: str, trained: Path) -> None:
+    script = (
+        f"import sys, enstack_lightning as e; assert e.{call}(sys.argv[1])\n"
+        "sys.exit(' '.join({*sys.argv[2].split()} & {*sys.modules}))"
+    )
+    path = trained if call == "find_last_good" else trained / "step=7.ckpt"
+    command = [sys.executable, "-c", script, str(path), " ".join(HEAVY | {"numpy", "yaml", "fsspec"})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stderr.strip(), done.stdout) == ("", "")
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

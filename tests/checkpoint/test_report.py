@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from builders import edited, enstack_folder, flip_bit, truncate
+from genuine import GENUINE
 from jsonschema import Draft4Validator, Draft202012Validator
 
 from enstack_lightning.checkpoint import (
@@ -462,6 +463,17 @@ def test_a_schedule_that_the_state_does_not_tell_is_not_drawn(reports: list[Repo
     assert plot.draw(SchedulerFacts(5, (1e-3,), (1e-3,), (), None), "scheduler 0") == ""
     words = Page(html.to_html([reports[0]])).text
     assert "its state does not tell the rates to come" in words
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CosineAnnealingLR", "SequentialLR"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_schedule_of_a_real_checkpoint_is_drawn(name: str, tmp_path: Path) -> None:
+    path = GENUINE[f"lightning, schedule {name} every step"].write(tmp_path)
+    saved = torch.load(path, weights_only=True)["lr_schedulers"][0]
+    page = Page(html.to_html([verify_checkpoint(path)]))
+    assert "polyline" in page.tags
+    assert f"resume: step {saved['last_epoch']}, LR {saved['_last_lr'][0]:.2e}" in page.text
+    assert "next learning rates: " in page.text
 
 
 def test_a_notebook_shows_the_report(reports: list[Report]) -> None:

@@ -84,7 +84,7 @@ CHANGES: dict[str, tuple[str, Any, str, str, str]] = {
         8,
         "CK903",
         "warning",
-        "was 4 and is 8: an epoch of 4 batches has about 2 now, and the 1 batches done in this epoch",
+        "was 4 and is 8: an epoch of 4 batches has about 2 now, and 1 batch done in this epoch",
     ),
     "accumulation": (
         "trainer.accumulate_grad_batches",
@@ -95,7 +95,7 @@ CHANGES: dict[str, tuple[str, Any, str, str, str]] = {
     ),
     "devices": ("trainer.devices", 2, "CK905", "warning", "1 process saved and 2 are to resume"),
     "nodes": ("trainer.num_nodes", 3, "CK905", "warning", "1 process saved and 3 are to resume: a step of all"),
-    "no epochs left": ("trainer.max_epochs", 1, "CK906", "error", "1 epochs are done: the run would train nothing"),
+    "no epochs left": ("trainer.max_epochs", 1, "CK906", "error", "1 epoch is done: the run would train nothing"),
     "no steps left": ("trainer.max_steps", 5, "CK906", "error", "max_steps is 5, and 5 steps are taken"),
     "learning rate": ("model.learning_rate", "2e-5", "CK907", "warning", "keep the old value"),
     "warm-up": ("model.warmup_fraction", 0.2, "CK907", "warning", "the rate jumps"),
@@ -178,7 +178,7 @@ def test_a_trainer_of_transformers_is_compared_with_its_arguments(tmp_path: Path
     assert drift(path, same).verdict is Verdict.PASS
     report = drift(path, {**same, "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-4})
     assert "the batch size was 4 and is 8" in said(report, "CK903")
-    assert "max_epochs is 1, and 1 epochs are done" in said(report, "CK906")
+    assert "max_epochs is 1, and 1 epoch is done" in said(report, "CK906")
     assert "learning_rate was 5e-05 and is 0.0001" in said(report, "CK907")
 
 

@@ -260,9 +260,9 @@ def drift_of_batch_size(facts: Facts, options: Options) -> Iterator[Outcome]:
     batches = facts.batches_per_epoch
     if batches and now.batch_size > 0:
         about = math.ceil(batches * before.batch_size / now.batch_size)
-        message += f": an epoch of {batches:,} batches has about {about:,} now"
+        message += f": an epoch of {many(batches, 'batch', 'batches')} has about {about:,} now"
     if _inside_an_epoch(plan) and plan is not None:
-        message += f", and the {plan.step:,} batches done in this epoch are counted as batches of the new size"
+        message += f", and {many(plan.step, 'batch', 'batches')} done in this epoch count as being of the new size"
     yield warning(message, "data batch size", _keep_the_batch(before, now, plan))
 
 
@@ -358,7 +358,8 @@ def drift_of_length(facts: Facts, options: Options) -> Iterator[Outcome]:
     done = plan.epochs_done
     if now.max_epochs is not None and 0 <= now.max_epochs <= done:
         yield error(
-            f"max_epochs is {now.max_epochs:,}, and {done:,} epochs are done: the run would train nothing",
+            f"max_epochs is {now.max_epochs:,}, and {many(done, 'epoch is', 'epochs are')} done: the run would train "
+            "nothing",
             "trainer.max_epochs",
             f"Raise max_epochs above {done:,}.",
         )
@@ -368,7 +369,8 @@ def drift_of_length(facts: Facts, options: Options) -> Iterator[Outcome]:
     if now.max_steps is not None and now.max_steps >= 0 and steps is not None:
         if now.max_steps <= steps:
             yield error(
-                f"max_steps is {now.max_steps:,}, and {steps:,} steps are taken: the run would train nothing",
+                f"max_steps is {now.max_steps:,}, and {many(steps, 'step is', 'steps are')} taken: the run would train "
+                "nothing",
                 "trainer.max_steps",
                 f"Raise max_steps above {steps:,}.",
             )
