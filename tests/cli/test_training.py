@@ -126,7 +126,8 @@ def fitted(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_run_leaves_checkpoints_logs_and_its_config(fitted: tuple[Path, list[str]]) -> None:
     run, _ = fitted
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best_model.ckpt", "last_checkpoint.ckpt"]
+    kept = ["best_model.ckpt", "best_model.ckpt.manifest.json", "last_checkpoint.ckpt"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [*kept, "last_checkpoint.ckpt.manifest.json"]
     assert [p.name.split(".")[0] for p in (run / "logs").glob("events*")] == ["events"]
     saved = yaml.safe_load(next(run.rglob("config.yaml")).read_text())
     assert saved["model"]["hidden_size"] == 16
