@@ -135,7 +135,10 @@ def _is_listed_elsewhere(place: Location, root: Location) -> bool:
     """Whether a link leads to a checkpoint that the search from `root` comes upon by its own name."""
     if not isinstance(place, LocalLocation) or not isinstance(root, LocalLocation) or not place.path.is_symlink():
         return False
-    target, home = place.path.resolve(), root.path.resolve()
+    try:
+        target, home = place.path.resolve(), root.path.resolve()
+    except (OSError, RuntimeError):  # links that go round in a circle: verifying it says so
+        return False
     if not target.exists() or not target.is_relative_to(home):
         return False
     parts = target.relative_to(home).parts

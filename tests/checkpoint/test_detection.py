@@ -439,6 +439,15 @@ def test_a_checkpoint_of_the_trainer_may_hold_a_file_of_lightning(tmp_path: Path
     assert list(find_checkpoints(tmp_path)) == [folder]
 
 
+def test_a_link_that_goes_round_is_listed_and_hides_nothing(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "round.ckpt").symlink_to("round.ckpt")
+    shutil.copy(trained / "step=7.ckpt", tmp_path / "good.ckpt")
+    assert [Path(p).name for p in find_checkpoints(tmp_path)] == ["good.ckpt", "round.ckpt"]
+    best = find_last_good(tmp_path)
+    assert best is not None
+    assert best.path.endswith("good.ckpt")
+
+
 def test_a_checkpoint_named_itself_is_the_only_one_found(tmp_path: Path) -> None:
     folder = enstack_folder(tmp_path / "c")
     assert list(find_checkpoints(folder)) == [folder]
