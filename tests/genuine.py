@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torchmetrics
 import transformers
 from builders import enstack_folder, quiet_trainer
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    Timer,
 )
+from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
@@ -127,7 +134,8 @@ def saved_while_training(folder: Path, module: LightningModule, *callbacks: Call
     saves = {name: options.pop(name) for name in ("every_n_train_steps", "monitor", "save_last") if name in options}
     keep = ModelCheckpoint(folder / "saved", save_top_k=-1, filename="{epoch}-{step}", **saves)
     torch.manual_seed(0)
-    quiet_trainer(folder, keep, *callbacks, **{"max_epochs": 2, **options}).fit(module)
+    start = options.pop("ckpt_path", None)
+    quiet_trainer(folder, keep, *callbacks, **{"max_epochs": 2, **options}).fit(module, ckpt_path=start)
     return min((folder / "saved").glob("epoch=*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2].partition("-")[0]))
 
 
@@ -164,6 +172,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Muon": lambda p: torch.optim.Muon([w for w in p if w.ndim == 2], lr=1e-3),
     "transformers Adafactor": lambda p: transformers.Adafactor(p, relative_step=True, warmup_init=True, lr=None),
     "tensor learning rate": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3)),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "AdamW, one tensor at a time": lambda p: torch.optim.AdamW(p, foreach=False),
+    "AdamW with a group of no parameters": lambda p: torch.optim.AdamW([{"params": list(p)}, {"params": []}]),
 }
 for _name, _optimizer in OPTIMIZERS.items():
     lightning(f"optimizer {_name}", lambda o=_optimizer: Net(o))
@@ -179,9 +190,20 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "CosineAnnealingWarmRestarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, T_0=5, T_mult=2),
     "OneCycleLR": lambda o: schedules.OneCycleLR(o, max_lr=1e-2, total_steps=30),
     "CyclicLR": lambda o: schedules.CyclicLR(o, 1e-4, 1e-2, step_size_up=4, cycle_momentum=False),
+    "OneCycleLR to its end": lambda o: schedules.OneCycleLR(o, max_lr=1e-2, total_steps=14),
+    "OneCycleLR to its end, linear": lambda o: schedules.OneCycleLR(o, 1e-2, total_steps=14, anneal_strategy="linear"),
+    "CosineAnnealingLR to its end": lambda o: schedules.CosineAnnealingLR(o, T_max=14),
+    "CosineAnnealingLR past its end": lambda o: schedules.CosineAnnealingLR(o, T_max=5),
+    "CosineAnnealingWarmRestarts at a restart": lambda o: schedules.CosineAnnealingWarmRestarts(o, T_0=7),
+    "CyclicLR, each half as high": lambda o: schedules.CyclicLR(
+        o, 1e-4, 1e-2, step_size_up=2, mode="triangular2", cycle_momentum=False
+    ),
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda step: 0.9**step),
     "MultiplicativeLR": lambda o: schedules.MultiplicativeLR(o, lambda step: 0.95),
     "transformers linear": lambda o: transformers.get_linear_schedule_with_warmup(o, 3, 30),
+    "transformers linear, in its warm-up": lambda o: transformers.get_linear_schedule_with_warmup(o, 10_000, 100_000),
+    "transformers linear, to its end": lambda o: transformers.get_linear_schedule_with_warmup(o, 3, 14),
+    "transformers inverse square root": lambda o: transformers.get_inverse_sqrt_schedule(o, 3),
     "transformers cosine": lambda o: transformers.get_cosine_schedule_with_warmup(o, 3, 30),
     "SequentialLR": lambda o: schedules.SequentialLR(
         o, [schedules.LinearLR(o, 0.1, total_iters=4), schedules.CosineAnnealingLR(o, T_max=20)], milestones=[4]
@@ -197,10 +219,25 @@ for _name in ("StepLR", "CosineAnnealingLR", "ExponentialLR"):
 lightning(
     "schedule ReduceLROnPlateau", lambda: Net(schedule=lambda o: schedules.ReduceLROnPlateau(o), interval="epoch")
 )
+lightning(
+    "schedule ReduceLROnPlateau at its lowest",
+    lambda: Net(
+        schedule=lambda o: schedules.ReduceLROnPlateau(o, patience=0, min_lr=1e-4, threshold=10.0), interval="epoch"
+    ),
+    max_epochs=6,
+)
+lightning("schedule every second epoch", lambda: Net(schedule=SCHEDULES["StepLR"], interval="epoch", frequency=2))
 lightning("schedule every second step", lambda: Net(schedule=SCHEDULES["StepLR"], frequency=2))
 
 for _k in (2, 3):  # 7 batches an epoch: neither divides it
     lightning(f"accumulation over {_k}", lambda: Net(schedule=SCHEDULES["OneCycleLR"]), accumulate_grad_batches=_k)
+lightning(
+    "accumulation over 2, saved inside an epoch",
+    Net,
+    write=saved_while_training,
+    every_n_train_steps=2,
+    accumulate_grad_batches=2,
+)
 lightning("accumulation that changes", Net, lambda: GradientAccumulationScheduler({0: 3, 1: 2}))
 lightning("bfloat16 mixed", Net, precision="bf16-mixed")
 lightning("bfloat16", Net, precision="bf16-true")
@@ -228,6 +265,61 @@ lightning(
 )
 lightning("at an epoch's end, plain loader", lambda: Net(stateful=False), write=saved_while_training)
 lightning("with a monitored best", Net, write=saved_while_training, monitor="loss", save_last=True)
+
+
+class Saves(Callback):
+    """Saves once in some hook, as people do in their own callbacks."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Trainer, *others: object) -> None:
+        path = Path(trainer.default_root_dir) / "saved.ckpt"
+        if trainer.current_epoch == 1 and not path.exists():
+            trainer.save_checkpoint(path)
+
+
+def saved_in(hook: str) -> Callable[..., Path]:
+    def write(folder: Path, module: LightningModule, **options: Any) -> Path:
+        trainer = quiet_trainer(folder, Saves(hook), max_epochs=2, **options)
+        trainer.fit(module, val_dataloaders=DataLoader(rows(), batch_size=BATCH_SIZE))
+        return folder / "saved.ckpt"
+
+    return write
+
+
+HOOKS = (
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_train_epoch_end",
+)
+for _name in HOOKS:
+    lightning(f"saved in {_name}", lambda: Net(schedule=SCHEDULES["OneCycleLR"]), write=saved_in(_name))
+for _name in ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"):
+    lightning(
+        f"saved in {_name}",
+        write=saved_in(_name),
+        warnings={"CK303": "the hook runs inside a step: weights and optimizer may be one step from the counters"},
+    )
+lightning("validated twice an epoch", Net, write=saved_in("on_validation_end"), val_check_interval=0.5)
+lightning("validated every second epoch", Net, write=saved_in("on_validation_end"), check_val_every_n_epoch=2)
+lightning("a Timer", Net, lambda: Timer({"hours": 1}))
+lightning("ended by max_time", Net, max_time={"seconds": 0.02}, max_epochs=1000)
+lightning("pruned", Net, lambda: ModelPruning("l1_unstructured", amount=0.5))
+lightning(
+    "pruned, masks in the checkpoint",
+    Net,
+    lambda: ModelPruning("l1_unstructured", amount=0.5),
+    write=saved_while_training,
+)
+lightning(
+    "stochastic weight averaging to come",
+    lambda: Net(OPTIMIZERS["SGD"]),
+    lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=5),
+)
 
 
 def _ema() -> Callback:
@@ -260,6 +352,53 @@ class Gan(LightningModule):
         return StatefulDataLoader(rows(), batch_size=BATCH_SIZE)
 
 
+class LateSecond(Gan):
+    """Its second optimizer begins in the second epoch, which a run of one epoch does not see."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.current_epoch:
+            super().training_step(batch, batch_idx)
+        else:
+            generator, _ = self.optimizers()
+            generator.zero_grad()
+            self.manual_backward(self.generator(batch[0]).square().mean())
+            generator.step()
+
+
+class ByHand(Net):
+    """Manual optimization in one of the forms that Lightning's documentation shows."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(schedule=SCHEDULES["ExponentialLR"])
+        self.automatic_optimization = False
+        self.form = form
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            loss = self(batch[0]).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss  # type: ignore[no-any-return]
+
+        if self.form == "closure":
+            optimizer.step(closure)
+        elif self.form == "toggled":
+            with optimizer.toggle_model():
+                closure()
+                optimizer.step()
+        elif self.form == "accumulated":
+            self.manual_backward(self(batch[0]).square().mean())
+            if batch_idx % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        self.lr_schedulers().step()
+
+
+for _name in ("closure", "toggled", "accumulated"):
+    lightning(f"optimized by hand, {_name}", lambda form=_name: ByHand(form))
+lightning("two optimizers, the second not begun", LateSecond, max_epochs=1)
 lightning("two optimizers", Gan)
 lightning("two optimizers, one every second batch", lambda: Gan(2))
 
@@ -270,6 +409,34 @@ class Grouped(Net):
         optimizer = torch.optim.AdamW(groups)
         schedule = schedules.OneCycleLR(optimizer, max_lr=[1e-3, 1e-1], total_steps=30)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class NamedByPart(Net):
+    """Two groups, each with the names that the parameters have in their own layer."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([{"params": list(part.named_parameters())} for part in (self.first, self.second)])
+
+
+class TwoSchedules(Net):
+    """A warm-up by steps and a decay by epochs on one optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters())
+        warm_up = {"scheduler": schedules.LinearLR(optimizer, 0.1, total_iters=5), "interval": "step"}
+        return [optimizer], [warm_up, {"scheduler": schedules.ExponentialLR(optimizer, 0.9), "interval": "epoch"}]
+
+
+class Finetuned(Net):
+    """Its first layer joins the optimizer later, in a group of its own (BackboneFinetuning)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.first
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()))
+        return [optimizer], [schedules.StepLR(optimizer, 2)]
 
 
 class Frozen(Net):
@@ -312,6 +479,99 @@ class Buffered(Net):
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(self.norm(features))
+
+
+class Parametrized(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(self.first)
+        self.second = nn.utils.parametrizations.spectral_norm(self.second)
+
+
+class Lazy(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LazyLinear(8)
+
+    def configure_optimizers(self) -> Any:
+        self(torch.ones(1, 4))
+        return super().configure_optimizers()
+
+
+class OddParameters(Net):
+    """A complex one, a single number, and one without a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+        self.scale, self.none = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward((features.to(torch.complex64) @ self.turn).abs() * self.scale)
+
+
+class SparseEmbedding(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4, sparse=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.words((features[:, 0] * 3).long().abs() % 10))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SparseAdam(self.words.parameters())
+
+
+class AdapterAlone(Net):
+    """Saves only the adapter that it trains, as PEFT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(4, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.second(self.first(features) + self.lora_b(self.lora_a(features)))  # type: ignore[no-any-return]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if "lora" in n}
+
+
+class Measuring(Net):
+    """States of metrics in the checkpoint: counts, lists, and the best so far, infinite at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = torchmetrics.AUROC("binary"), torchmetrics.MaxMetric(), torchmetrics.MinMetric()
+        self.metrics = nn.ModuleList([torchmetrics.Accuracy("multiclass", num_classes=2), *parts])
+        for metric in self.metrics:
+            metric.persistent(True)
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        self.metrics[1].update(torch.rand(4), torch.tensor([0, 1, 0, 1]))
+        return super().training_step(batch)
+
+
+class AttentionBias(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("attn_bias", torch.full((3, 3), float("-inf")).triu(1))
+
+
+class OfItsOwn(Net):
+    """Adds to the checkpoint whatever plain values there are."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = [1, "a", None, {"x": torch.ones(2)}, ("b", 2.0), {1, 2}, b"abc", 1j, 2**70]
+        checkpoint["kinds"] = {"dtype": torch.float16, "size": torch.Size([1, 2]), "device": torch.device("cpu")}
+        checkpoint["random"] = torch.get_rng_state()
+
+
+class Wrapped(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.DataParallel(self.first)
+        self.second = torch.compile(self.second, backend="eager")
 
 
 class Untrained(Net):
@@ -359,6 +619,24 @@ lightning(
     Unfrozen,
     warnings={"CK403": "parameters with fewer steps than the others may come from another save; the hint names both"},
 )
+lightning("names that two groups share", NamedByPart)
+lightning("two schedules on one optimizer", TwoSchedules)
+lightning(
+    "a backbone that joins later, under a schedule",
+    Finetuned,
+    lambda: BackboneFinetuning(1, lambda epoch: 2.0, backbone_initial_lr=1e-4),
+    max_epochs=4,
+    warnings={"CK403": "the backbone joined the optimizer later, and the hint says so"},
+)
+lightning("weight norm and spectral norm", Parametrized)
+lightning("lazy layers", Lazy)
+lightning("complex, scalar and empty parameters", OddParameters)
+lightning("a sparse embedding", SparseEmbedding)
+lightning("an adapter alone", AdapterAlone)
+lightning("states of metrics", Measuring)
+lightning("a causal mask called bias", AttentionBias)
+lightning("entries of its own", OfItsOwn)
+lightning("compiled and parallel layers", Wrapped)
 lightning("tied weights", Tied)
 lightning("buffers with infinite values", Buffered)
 lightning("no optimizer", Untrained)
@@ -401,6 +679,47 @@ def _resumed(folder: Path) -> Path:
     return folder / "c.ckpt"
 
 
+def _resumed_three_times(folder: Path) -> Path:
+    path = None
+    for epochs in (1, 2, 4):
+        trainer = quiet_trainer(folder, max_epochs=epochs, accumulate_grad_batches=2)
+        trainer.fit(Net(schedule=SCHEDULES["CosineAnnealingLR"], interval="epoch"), ckpt_path=path)
+        path = folder / f"{epochs}.ckpt"
+        trainer.save_checkpoint(path)
+    return folder / "4.ckpt"
+
+
+def _stopped_and_resumed(folder: Path) -> Path:
+    path = fit(folder, Net(), EarlyStopping("loss", patience=1, min_delta=10.0), max_epochs=5)
+    trainer = quiet_trainer(folder, EarlyStopping("loss", patience=3, min_delta=10.0), max_epochs=8)
+    trainer.fit(Net(), ckpt_path=path)
+    trainer.save_checkpoint(folder / "more.ckpt")
+    return folder / "more.ckpt"
+
+
+def _resumed_behind_the_last_batch(folder: Path) -> Path:
+    path = saved_while_training(folder / "first", Net(), every_n_train_steps=BATCHES, max_epochs=3)
+    return saved_while_training(folder / "second", Net(), max_epochs=3, ckpt_path=path)
+
+
+def _half_precision(folder: Path, module: type[Net]) -> Path:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    return fit(folder, module(), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+
+
+class Overflowing(Net):
+    """One batch an epoch overflows, so that the gradient scaler skips its step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch) * (math.inf if batch_idx == 3 else 1.0)
+
+
+def _with_a_found_rate(folder: Path) -> Path:
+    module = Net()
+    module.lr = 1e-3
+    return fit(folder, module, LearningRateFinder(num_training_steps=5, min_lr=1e-6))
+
+
 def _weights_only(folder: Path) -> Path:
     torch.manual_seed(0)
     trainer = quiet_trainer(folder, max_epochs=1)
@@ -434,6 +753,23 @@ genuine(
     warnings={"CK303": "the exception came inside a step, which the counters show"},
 )
 genuine("lightning, resumed inside an epoch", _resumed)
+genuine("lightning, resumed three times", _resumed_three_times)
+genuine("lightning, stopped early and resumed", _stopped_and_resumed)
+genuine(
+    "lightning, resumed behind an epoch's last batch",
+    _resumed_behind_the_last_batch,
+    warnings={"CK302": "Lightning counted an epoch that it did not train, so that the run ends one early"},
+)
+genuine(
+    "lightning, behind an epoch's last batch",
+    lambda folder: saved_while_training(folder, Net(), every_n_train_steps=BATCHES, max_epochs=3),
+    warnings={
+        "CK305": "the restored loader stands at its end, and Lightning counts the next epoch without training it"
+    },
+)
+genuine("lightning, float16 mixed", lambda folder: _half_precision(folder, Net))
+genuine("lightning, float16 mixed, with steps skipped", lambda folder: _half_precision(folder, Overflowing))
+genuine("lightning, with a learning rate found", _with_a_found_rate)
 genuine("lightning, weights only", _weights_only, purpose="inference")
 genuine("lightning, a link to the last", _link)
 genuine("lightning, validated inside the epoch", _with_validation)
@@ -507,6 +843,27 @@ HUGGINGFACE: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (7, {"bf16": True}),
     "max_steps": (4, {"max_steps": 9}),
     "finished": (14, {}),
+    "AdamW, fused": (7, {"optim": "adamw_torch_fused"}),
+    "part of an epoch": (7, {"num_train_epochs": 1.5}),
+    "epochs that accumulation does not divide": (
+        3,
+        {"save_strategy": "epoch", "gradient_accumulation_steps": 3, "num_train_epochs": 2.3},
+    ),
+    "a constant rate": (7, {"lr_scheduler_type": "constant"}),
+    "cosine with restarts": (
+        7,
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+    ),
+    "a polynomial": (7, {"lr_scheduler_type": "polynomial"}),
+    "inverse square root": (7, {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2}),
+    "warm-up, stable, decay": (
+        7,
+        {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2, "lr_scheduler_kwargs": {"num_decay_steps": 3}},
+    ),
+    "no clipping": (7, {"max_grad_norm": 0.0}),
+    "gradient checkpointing": (7, {"gradient_checkpointing": True}),
+    "label smoothing": (7, {"label_smoothing_factor": 0.1}),
+    "the newest alone": (14, {"save_total_limit": 1, "save_steps": 2}),
     "a plain torch module": (7, {"model": OneWeight}),
 }
 for _name, (_step, _options) in HUGGINGFACE.items():
@@ -546,6 +903,21 @@ def vit() -> Any:
     return transformers.ViTForImageClassification(config)
 
 
+def of_roberta(kind: str, **sizes: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        config = {**roberta().config.to_dict(), "id2label": None, "label2id": None, "num_labels": 2, **sizes}
+        return getattr(transformers, f"Roberta{kind}")(transformers.RobertaConfig(**config))
+
+    return make
+
+
+def small(kind: str, config: str, **sizes: Any) -> Callable[[], Any]:
+    """A model of any architecture whose configuration calls its sizes as BERT's does."""
+    usual = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    usual |= {"intermediate_size": 32, "max_position_embeddings": 34}
+    return lambda: getattr(transformers, kind)(getattr(transformers, config)(**usual, **sizes))
+
+
 def encoder_alone() -> Any:
     return transformers.RobertaModel(roberta().config)
 
@@ -557,6 +929,26 @@ MODELS: dict[str, Callable[[], Any]] = {
     "GPT-2": gpt2,
     "T5": t5,
     "ViT": vit,
+    "RoBERTa for regression": of_roberta("ForSequenceClassification", num_labels=1),
+    "RoBERTa with named labels": of_roberta("ForSequenceClassification", id2label={0: "a", 1: "b", 2: "c"}),
+    "RoBERTa for tokens": of_roberta("ForTokenClassification", num_labels=7),
+    "RoBERTa for masked words": of_roberta("ForMaskedLM"),
+    "RoBERTa that answers questions": of_roberta("ForQuestionAnswering"),
+    "RoBERTa as a decoder": of_roberta("ForCausalLM", is_decoder=True, add_cross_attention=True),
+    "BERT for classes": small("BertForSequenceClassification", "BertConfig", num_labels=3),
+    "BERT for pretraining": small("BertForPreTraining", "BertConfig"),
+    "XLM-RoBERTa": small("XLMRobertaForSequenceClassification", "XLMRobertaConfig", num_labels=4),
+    "CamemBERT": small("CamembertForMaskedLM", "CamembertConfig"),
+    "DistilBERT": lambda: transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=3)
+    ),
+    "DeBERTa": small("DebertaV2ForSequenceClassification", "DebertaV2Config", num_labels=3),
+    "ELECTRA": small("ElectraForSequenceClassification", "ElectraConfig", embedding_size=8, num_labels=3),
+    "Longformer": small("LongformerForSequenceClassification", "LongformerConfig", attention_window=4, num_labels=3),
+    "ALBERT": small("AlbertForSequenceClassification", "AlbertConfig", embedding_size=8, num_labels=3),
+    "Llama": small("LlamaForCausalLM", "LlamaConfig"),
+    "Llama for classes": small("LlamaForSequenceClassification", "LlamaConfig", num_labels=4, pad_token_id=0),
+    "Mistral": small("MistralForCausalLM", "MistralConfig", num_key_value_heads=1),
     "RoBERTa in bfloat16": lambda: roberta().to(torch.bfloat16),
 }
 for _name, _model in MODELS.items():

@@ -40,7 +40,8 @@ _AUTOMATIC = ("epoch_loop.automatic_optimization", "epoch_loop.optimizer_loop", 
 _MANUAL = ("epoch_loop.manual_optimization", "epoch_loop.manual_loop", "epoch_loop.batch_loop.manual_loop")
 _SCALERS = ("MixedPrecision", "MixedPrecisionPlugin", "NativeMixedPrecisionPlugin", "native_amp_scaling_state")
 """Under which entry the gradient scaler's state lies, by version: the precision plugin's class, or a fixed name."""
-_LOADERS = ("loops", "fit_loop", "state_dict", "combined_loader")
+_LOOP = ("loops", "fit_loop")
+_LOADERS = (*_LOOP, "state_dict", "combined_loader")
 _OF_TORCHDATA = {"yielded", "generator"}
 """The state of torchdata's `RandomSampler`; its `BatchSampler` of another sampler without a state has none."""
 _VERSION = re.compile(r"v?\d{1,9}(\.\d{1,9}){0,5}[-_.+a-z0-9]{0,100}", re.ASCII | re.IGNORECASE)
@@ -87,15 +88,19 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
 
 
 def _is_spent(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a `StatefulDataLoader` stands behind the last batch of an epoch whose end had not come.
+    """Whether a `StatefulDataLoader` stands behind the last batch of an epoch, saved while that batch was completed.
 
-    Put there again, torchdata's own samplers give no batch and then the epoch's end; a sampler with a state of its own
-    may begin anew.
+    `FitLoop.reset` counts such an epoch as done and begins the next one at the loader's position, where torchdata's own
+    samplers give no batch; a sampler with a state of its own may begin anew. Saved in validation or later, the epoch
+    itself goes on to its end.
     """
     positions, progress = at(checkpoint, _LOADERS), progress_facts(checkpoint)
-    if not isinstance(positions, list) or progress.is_last_batch is not True or progress.epochs_completed is None:
+    completed = whole(at(checkpoint, [*_LOOP, "epoch_loop.batch_progress", "current", "completed"]))
+    in_batch = completed is not None and completed + 1 == progress.batches_in_epoch == progress.batches_begun
+    if not isinstance(positions, list) or progress.is_last_batch is not True or not in_batch:
         return False
-    return (progress.epochs_begun or 0) > progress.epochs_completed and any(map(_stops_at_once, positions))
+    in_epoch = (progress.epochs_begun or 0) > (progress.epochs_completed or 0)
+    return in_epoch and any(map(_stops_at_once, positions))
 
 
 def _stops_at_once(position: object) -> bool:
