@@ -64,7 +64,7 @@ def output_to(path: str | None) -> Iterator[Output]:
             with target.open("w", encoding="utf-8") as stream:
                 yield Output(stream, path)
             return
-        target = target.resolve()
+        target = Path(os.path.realpath(target))  # not resolve(), which breaks at links that go round in a circle
         part = target.with_name(f".{target.name[:200]}.{os.getpid()}.part")
         stream = part.open("x", encoding="utf-8")
     except OSError as e:

@@ -372,6 +372,13 @@ def test_sarif_locations_are_relative_and_encoded(tmp_path: Path, monkeypatch: p
     assert sarif.artifact(os.fsdecode(b"\xe9.ckpt")) == {"uri": "%E9.ckpt", "uriBaseId": "%SRCROOT%"}
 
 
+def test_a_link_that_goes_round_has_a_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "round.ckpt").symlink_to("round.ckpt")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert sarif.artifact("../round.ckpt") == {"uri": (tmp_path / "round.ckpt").as_uri()}
+
+
 def test_a_finding_on_a_file_of_a_folder_points_to_that_file(tmp_path: Path) -> None:
     folder = enstack_folder(tmp_path / "c")
     (folder / "config.json").write_text("")

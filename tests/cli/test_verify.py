@@ -121,10 +121,12 @@ def test_a_warning_ends_with_0_and_under_strict_with_1(suspicious: Path) -> None
         (["x", "--allow-global", "Encoder"], "'Encoder' is no MODULE.NAME"),
         (["x", "--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file or directory"),
         (["x", "--output", "no/folder.txt"], "no/folder.txt cannot be written: No such file or directory"),
+        (["x", "--output", "round"], "round cannot be written: Too many levels of symbolic links"),
         (["x", "--output", "."], ". cannot be written: it is a folder"),
     ],
 )
 def test_a_wrong_call_ends_with_2_and_prints_no_result(arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to("round")
     done = enstack("verify", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def artifact(path: str) -> dict[str, str]:
     except ValueError:
         return {"uri": file.as_uri()}
     if ".." in below.parts:
-        return {"uri": (Path.cwd() / file).resolve().as_uri()}
+        return {"uri": Path(os.path.realpath(file)).as_uri()}
     return {"uri": quote_from_bytes(bytes(below)), "uriBaseId": ROOT}
 
 
