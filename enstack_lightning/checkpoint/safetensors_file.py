@@ -24,7 +24,7 @@ from enstack_lightning.checkpoint.source import ContainerDefectError, ContainerD
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
 MAX_VALUES = 2_000_000
 """Numbers and names in one header; the largest published models have some 100,000 tensors in all their shards."""
 

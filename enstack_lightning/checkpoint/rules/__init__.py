@@ -25,6 +25,9 @@ _FAMILIES = (files, state, progress, optimizer, scheduler, weights, safety, mani
 MAX_FINDINGS = 500
 """Of one rule on one checkpoint: what is listed one by one must not grow without end with a hostile file."""
 
+MAX_LENGTH = 4_000
+"""Of a finding's message: ten names of a real model take less than half of it."""
+
 _RESUME_ONLY = ("CK3", "CK4", "CK5", "CK9")
 
 
@@ -32,7 +35,20 @@ def judge(facts: Facts, options: Options | None = None) -> tuple[Finding, ...]:
     """The findings of every rule that the options leave, in the order of the rules' codes."""
     options = options or Options()
     rules = [rule for code, rule in sorted(RULES.items()) if _applies(code, options)]
-    return tuple(finding for rule in rules for finding in _limited(rule.findings(facts, options)))
+    return tuple(_shortened(finding) for rule in rules for finding in _limited(rule.findings(facts, options)))
+
+
+def _shortened(finding: Finding) -> Finding:
+    """The finding with a message that can be read, whatever names a hostile file has put into it."""
+    if max(len(finding.message), len(finding.where), len(finding.hint)) <= MAX_LENGTH:
+        return finding
+    message, where, hint = map(_middle_left_out, (finding.message, finding.where, finding.hint))
+    return dataclasses.replace(finding, message=message, where=where, hint=hint)
+
+
+def _middle_left_out(text: str) -> str:
+    half = MAX_LENGTH // 2
+    return text if len(text) <= MAX_LENGTH else f"{text[:half]} ... {text[-half:]}"
 
 
 def _limited(findings: list[Finding]) -> list[Finding]:
