@@ -767,6 +767,13 @@ genuine(
         "CK305": "the restored loader stands at its end, and Lightning counts the next epoch without training it"
     },
 )
+genuine(
+    "lightning, behind the last batch of a limited epoch",
+    lambda folder: saved_while_training(folder, Net(), every_n_train_steps=3, limit_train_batches=3),
+    warnings={
+        "CK305": "the loader's length is not in the checkpoint; the hint says that a limited epoch loses nothing"
+    },
+)
 genuine("lightning, float16 mixed", lambda folder: _half_precision(folder, Net))
 genuine("lightning, float16 mixed, with steps skipped", lambda folder: _half_precision(folder, Overflowing))
 genuine("lightning, with a learning rate found", _with_a_found_rate)

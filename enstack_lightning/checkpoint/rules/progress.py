@@ -215,7 +215,8 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
     is shuffled anew.
 
     A `StatefulDataLoader` saved after the last batch of an epoch and before its end stands at its end when it is
-    restored: Lightning then counts the next epoch as done without training it.
+    restored: Lightning then counts the next epoch as done without training it. How many batches the loader has is not
+    in its state, so a warning is given as well where `limit_train_batches` ended the epoch, and nothing is lost.
     """
     plan = plan_resume(facts)
     if plan is None or plan.kind == "not-resumable":
@@ -232,7 +233,8 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
             "saved after the last batch of an epoch, before its end, with the loader's position there: the loader "
             f"gives no batch after a resume, and epoch {plan.next_epoch:,} counts as done without being trained",
             hint="Use the checkpoint of the same epoch's end, or raise max_epochs by one; every_n_train_steps saves at "
-            "this moment where it divides the batches of an epoch.",
+            "this moment where it divides the batches of an epoch. No epoch is lost where limit_train_batches ended it "
+            "before the loader did.",
         )
     else:
         yield passed(plan.sentence)
