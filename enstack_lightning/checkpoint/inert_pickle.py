@@ -457,7 +457,7 @@ class _Machine:
             result = rebuild(self.work, args)
             if result.__class__ is TensorDescriptor:
                 self.tensors.append(result)
-            elif function == ORDERED_DICT:
+            elif rebuild is _REBUILD_ORDERED_DICT:
                 self.ordered[id(result)] = result
         else:
             result = self.call(function, args)
@@ -537,6 +537,7 @@ def _list_of(target: object) -> list[Any]:
     return target
 
 
+_REBUILD_ORDERED_DICT = REBUILD[ORDERED_DICT]
 _OF_ORDERED_DICTS = frozenset(dir(OrderedDict))
 _QUANTIZATION_SCHEMES = ("_affine", "_symmetric", "_qparams")
 
