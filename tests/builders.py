@@ -98,6 +98,22 @@ def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], object])
     return target
 
 
+def loop_counters(steps: int) -> dict[str, Any]:
+    """The entry `loops` of a checkpoint made by hand: one epoch of so many batches, a step each, no scheduler."""
+    counter = dict.fromkeys(("ready", "started", "processed", "completed"), steps)
+    progress = {"total": counter, "current": counter}
+    none, one = ({"total": c, "current": c} for c in (dict.fromkeys(counter, 0), dict.fromkeys(counter, 1)))
+    return {
+        "fit_loop": {
+            "epoch_progress": one,
+            "epoch_loop.batch_progress": {**progress, "is_last_batch": True},
+            "epoch_loop.scheduler_progress": none,
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": progress}},
+            "epoch_loop.manual_optimization.optim_step_progress": none,
+        }
+    }
+
+
 def enstack_folder(
     folder: Path,
     epoch: int = 2,

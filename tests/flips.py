@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from builders import enstack_folder, flip_bit
+from builders import enstack_folder, flip_bit, loop_counters
 from genuine import GENUINE, OneWeight, Tokens, roberta
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -108,23 +108,14 @@ def _minimal_lightning(folder: Path) -> Path:
 def _lightning(folder: Path, width: int = 64) -> Path:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(width, 4 * width, generator=generator)
-    counter = dict.fromkeys(("ready", "started", "processed", "completed"), 3)
-    progress = {"total": counter, "current": counter}
-    ones = dict.fromkeys(counter, 1)
     state = {"step": torch.tensor(3.0), "exp_avg": weight * 0.1, "exp_avg_sq": weight.square()}
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": [0]}
-    loop = {
-        "epoch_progress": {"total": ones, "current": ones},
-        "epoch_loop.batch_progress": {**progress, "is_last_batch": True},
-        "epoch_loop.scheduler_progress": {"total": counter, "current": counter},
-        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": progress}},
-    }
     checkpoint = {
         "epoch": 0,
         "global_step": 3,
         "pytorch-lightning_version": "2.6.6",
         "state_dict": {"weight": weight},
-        "loops": {"fit_loop": loop},
+        "loops": loop_counters(3),
         "callbacks": {},
         "optimizer_states": [{"state": {0: state}, "param_groups": [group]}],
         "lr_schedulers": [],

@@ -66,12 +66,13 @@ def optimizer_state(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 def lightning_dict(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     counter = dict.fromkeys(("ready", "started", "processed", "completed"), STEPS)
     step = {"total": counter, "current": counter}
-    ones = dict.fromkeys(counter, 1)
+    none, ones = dict.fromkeys(counter, 0), dict.fromkeys(counter, 1)
     loop = {
         "epoch_progress": {"total": ones, "current": ones},
         "epoch_loop.batch_progress": {"total": counter, "current": counter, "is_last_batch": True},
         "epoch_loop.scheduler_progress": {"total": counter, "current": counter},
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": step}},
+        "epoch_loop.manual_optimization.optim_step_progress": {"total": none, "current": none},
     }
     return {
         "epoch": 0,

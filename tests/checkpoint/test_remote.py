@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from builders import edited, enstack_folder, flip_bit, truncate
+from builders import edited, enstack_folder, flip_bit, loop_counters, truncate
 
 from enstack_lightning.checkpoint import (
     Format,
@@ -44,8 +44,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model(torch.ones(1, 300)).sum().backward()
     optimizer.step()
     path = tmp_path_factory.mktemp("big") / "big.ckpt"
-    entries = {"epoch": 0, "global_step": 1, "loops": {}, "lr_schedulers": [], "pytorch-lightning_version": "2.6.0"}
-    torch.save({**entries, "state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
+    entries = {"epoch": 0, "global_step": 1, "lr_schedulers": [], "pytorch-lightning_version": "2.6.0"}
+    states = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    torch.save({**entries, **states, "loops": loop_counters(1)}, path)
     return path
 
 
