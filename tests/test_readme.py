@@ -19,6 +19,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from enstack_lightning import CheckpointGuard, RecoveryCheckpoint, VulnerabilityClassifier, VulnerabilityDataModule
 from enstack_lightning.checkpoint import RULES
+from enstack_lightning.checkpoint.manifest import write_manifest
 from enstack_lightning.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,7 @@ def demo_like(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder.mkdir(parents=True)
     for name, step in {"best_model": 5, "last_checkpoint": 5, "recovery_checkpoint": 7}.items():
         shutil.copy(trained / f"step={step}.ckpt", folder / f"{name}.ckpt")
+        write_manifest(folder / f"{name}.ckpt")  # as the guard does
     shutil.copy(trained / "step=7.ckpt", tmp_path / "broken.ckpt")
     flip_bit(tmp_path / "broken.ckpt", 3_000)
     monkeypatch.chdir(tmp_path)
