@@ -171,6 +171,11 @@ def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
+def flip_in_pickle(path: Path) -> None:
+    """Turns over one bit of the pickle of a Lightning checkpoint, in a name that every one of them holds."""
+    flip_bit(path, path.read_bytes().index(b"pytorch-lightning_version"))
+
+
 def truncate(path: Path, size: int) -> None:
     """Cuts a file off after `size` bytes."""
     with path.open("r+b") as file:

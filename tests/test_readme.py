@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import flip_bit
+from builders import flip_in_pickle
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -70,7 +70,7 @@ def demo_like(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         shutil.copy(trained / f"step={step}.ckpt", folder / f"{name}.ckpt")
         write_manifest(folder / f"{name}.ckpt")  # as the guard does
     shutil.copy(trained / "step=7.ckpt", tmp_path / "broken.ckpt")
-    flip_bit(tmp_path / "broken.ckpt", 3_000)
+    flip_in_pickle(tmp_path / "broken.ckpt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

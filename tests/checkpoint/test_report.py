@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import edited, enstack_folder, flip_bit, truncate
+from builders import edited, enstack_folder, flip_in_pickle, truncate
 from genuine import GENUINE
 from jsonschema import Draft4Validator, Draft202012Validator
 
@@ -69,7 +69,7 @@ def reports(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Rep
     folder = tmp_path_factory.mktemp("reports")
     good = trained / "step=7.ckpt"
     damaged = Path(shutil.copy(good, folder / "damaged.ckpt"))
-    flip_bit(damaged, 3_000)
+    flip_in_pickle(damaged)
     cut = Path(shutil.copy(good, folder / "cut.ckpt"))
     truncate(cut, cut.stat().st_size // 2)
 
