@@ -182,6 +182,11 @@ class ManifestFacts:
     files: int = 0
     global_step: int | None = None
 
+    @property
+    def digests_compared(self) -> bool:
+        """Whether every byte was held against a digest, which no checksum of the checkpoint's own can replace."""
+        return self.compared == "digests" and not self.defect
+
 
 @dataclass(frozen=True)
 class ParamGroupFacts:

@@ -80,7 +80,7 @@ class Report:
         """How much was looked at, and how much was not."""
         facts = self.facts
         manifest = facts.manifest
-        compared = manifest is not None and manifest.compared == "digests" and not manifest.defect
+        compared = manifest is not None and manifest.digests_compared
         bare = () if compared else [(f.name, f.without_checksum) for f in facts.files if f.without_checksum]
         return Coverage(
             deep=self.options.deep,

@@ -193,7 +193,7 @@ def no_checksum(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 def _digests_agree(facts: Facts) -> bool:
     m = facts.manifest
-    return m is not None and m.compared == "digests" and not m.defect and not m.differences
+    return m is not None and m.digests_compared and not m.differences
 
 
 def _manifest_hint(facts: Facts) -> str:
