@@ -20,7 +20,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest -s -m faults_long tests/faults
+	$(BIN)/python -m pytest -s -m faults_long tests/faults tests/guard
 
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py

@@ -1,99 +1,25 @@
 """A save and a retention pass, stopped at each of their file calls in turn: what stands afterwards is found and loads.
 
-A child process kills itself at its n-th call that opens, writes, syncs, renames or removes something. A killed write
-leaves half of its bytes. Where `power loss` is played, what was not synchronised is lost as well.
+`file_calls` stops or fails them.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import TinyModule, quiet_trainer
+from file_calls import CrashPoint, in_child
+from killing import Tell
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Options, find_last_good
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
-
-CALLS = ("open", "write", "fsync", "fdatasync", "replace", "unlink", "remove", "mkdir", "rmdir")
-
-
-class CrashPoint:
-    """Counts the file calls of this process, and kills it (or lets the call fail) at one of them."""
-
-    def __init__(self, at: int, power_loss: bool = False, error: int | None = None) -> None:
-        self.at, self.power_loss, self.error = at, power_loss, error
-        self.made: list[str] = []
-        self._paths: dict[int, str] = {}
-        self._unsynced: set[str] = set()
-        self._lock = threading.RLock()
-
-    def install(self) -> None:
-        for name in CALLS:
-            setattr(os, name, self._counted(name, getattr(os, name)))
-
-    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:
-                if len(self.made) == self.at:
-                    self.made.append(name)
-                    if self.error is not None:
-                        raise OSError(self.error, os.strerror(self.error))
-                    if name == "write":
-                        call(args[0], bytes(args[1])[: len(args[1]) // 2])
-                    self._die()
-                self.made.append(name)
-                result = call(*args, **kwargs)
-                self._follow(name, args, result)
-                return result
-
-        return counted
-
-    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        if name == "open":
-            self._paths[result] = os.fspath(args[0])
-        elif name == "write":
-            self._unsynced.add(self._paths.get(args[0], ""))
-        elif name in ("fsync", "fdatasync"):
-            self._unsynced.discard(self._paths.get(args[0], ""))
-        elif name == "replace" and os.fspath(args[0]) in self._unsynced:
-            self._unsynced.add(os.fspath(args[1]))
-
-    def _die(self) -> None:
-        for path in self._unsynced if self.power_loss else ():
-            if Path(path).is_file():
-                os.truncate(path, 0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_child(crash: CrashPoint, work: Callable[[Callable[[str], None]], None]) -> list[str]:
-    """Runs `work` in a child with a crash point; returns what it said before it died."""
-    reading, writing = os.pipe()
-    write = os.write
-    child = os.fork()
-    if child == 0:
-        try:
-            crash.install()
-            work(lambda text: write(writing, f"{text}\n".encode()) and None)
-            write(writing, f"calls {' '.join(crash.made)}\n".encode())
-        except BaseException as e:
-            write(writing, f"raised {type(e).__name__} {e}\n".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        said = answer.read().splitlines()
-    os.waitpid(child, 0)
-    return said
 
 
 def guarded() -> GuardedCheckpointIO:
@@ -111,7 +37,7 @@ class Run:
         guarded().save_checkpoint(self.checkpoints[3], self.start / self.old)
         self.place = folder / "run"
 
-    def save_and_remove(self, tell: Callable[[str], None]) -> None:
+    def save_and_remove(self, tell: Tell) -> None:
         io = guarded()
         io.save_checkpoint(self.checkpoints[4], self.place / self.new)
         tell("saved")

@@ -1,0 +1,77 @@
+"""The file calls of a save, each of which can be the last one of its process, or fail, or take its time.
+
+A child process kills itself at its n-th call that opens, writes, syncs, renames or removes something. A killed write
+leaves half of its bytes. Where `power loss` is played, what was not synchronised is lost as well.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from killing import Tell, run_child
+
+CALLS = ("open", "write", "fsync", "fdatasync", "replace", "unlink", "remove", "mkdir", "rmdir")
+
+
+class CrashPoint:
+    """Counts the file calls of this process, and kills it (or lets the call fail) at one of them."""
+
+    def __init__(self, at: int, power_loss: bool = False, error: int | None = None) -> None:
+        self.at, self.power_loss, self.error = at, power_loss, error
+        self.made: list[str] = []
+        self._paths: dict[int, str] = {}
+        self._unsynced: set[str] = set()
+        self._lock = threading.RLock()
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+
+    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                if len(self.made) == self.at:
+                    self.made.append(name)
+                    if self.error is not None:
+                        raise OSError(self.error, os.strerror(self.error))
+                    if name == "write":
+                        call(args[0], bytes(args[1])[: len(args[1]) // 2])
+                    self._die()
+                self.made.append(name)
+                result = call(*args, **kwargs)
+                self._follow(name, args, result)
+                return result
+
+        return counted
+
+    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        if name == "open":
+            self._paths[result] = os.fspath(args[0])
+        elif name == "write":
+            self._unsynced.add(self._paths.get(args[0], ""))
+        elif name in ("fsync", "fdatasync"):
+            self._unsynced.discard(self._paths.get(args[0], ""))
+        elif name == "replace" and os.fspath(args[0]) in self._unsynced:
+            self._unsynced.add(os.fspath(args[1]))
+
+    def _die(self) -> None:
+        for path in self._unsynced if self.power_loss else ():
+            if Path(path).is_file():
+                os.truncate(path, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(crash: CrashPoint, work: Callable[[Tell], None]) -> list[str]:
+    """Runs `work` in a child with a crash point; returns what it said before it died."""
+
+    def crashing(tell: Tell) -> None:
+        crash.install()
+        work(tell)
+        tell(f"calls {' '.join(crash.made)}")
+
+    return [line for line in run_child(crashing).said if line != "done"]
