@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
-
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from enstack_lightning.checkpoint import (
     Facts,
@@ -21,6 +17,7 @@ from enstack_lightning.checkpoint import (
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
 from enstack_lightning.guard.choice import Fallback, choose, set_aside, what_it_costs, why_refused
+from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
 from enstack_lightning.guard.loader_position import restore_loader_position
 from enstack_lightning.guard.loading import (
@@ -33,6 +30,9 @@ from enstack_lightning.guard.loading import (
 from enstack_lightning.guard.renamed import forget_renamed
 from enstack_lightning.guard.resume_report import resume_lines
 from enstack_lightning.guard.rng import capture_random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 STATE_VERSION = 1
 
@@ -83,6 +83,7 @@ class CheckpointGuard(Callback):
         verify_after_save: bool = False,
         fallback: Fallback = "none",
     ) -> None:
+        join_imported_flavors()
         super().__init__()
         if step_tolerance is not None and step_tolerance < 0:
             raise CheckpointGuardError(f"step_tolerance is {step_tolerance} and must be 0 or more")
@@ -124,7 +125,7 @@ class CheckpointGuard(Callback):
 
     def _judge(self, trainer: Trainer, asked: str) -> Decision:
         """Which checkpoint is loaded; called on rank 0 only."""
-        fallback: Fallback = self.fallback if trainer.state.fn == TrainerFn.FITTING else "none"
+        fallback: Fallback = self.fallback if trainer.state.fn == FITTING else "none"
         if reads_formats_of_its_own(trainer.strategy):
             report = self._verify(trainer, asked)
             if report.facts.format is Format.UNKNOWN:
@@ -165,7 +166,7 @@ class CheckpointGuard(Callback):
             loaded = loaded_facts(checkpoint, path)
             self._stop_if_refused(report_on(lambda: loaded, path, self._options_for(trainer)))
         forget_renamed(checkpoint, self._decision.set_aside)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == FITTING:
             self._loaded = loaded
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,7 +213,7 @@ class CheckpointGuard(Callback):
         self._random_state = state_dict.get("random_state")
 
     def _options_for(self, trainer: Trainer) -> Options:
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == FITTING
         return self._options if fitting else dataclasses.replace(self._options, purpose="inference")
 
     def _stop_if_refused(self, report: Report) -> None:

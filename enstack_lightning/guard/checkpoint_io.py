@@ -10,22 +10,24 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from enstack_lightning.checkpoint import Options, Severity
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest import ManifestEntry, manifest_path, write_manifest
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError, CheckpointSaveError
+from enstack_lightning.guard.flavor import (
+    CheckpointIO,
+    is_a,
+    is_just,
+    is_model_checkpoint,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from enstack_lightning.guard.live import versions
 from enstack_lightning.guard.retention import BAD, Retention
 from enstack_lightning.guard.saving import (
@@ -38,6 +40,10 @@ from enstack_lightning.guard.saving import (
     sync_folder,
     write_durably,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
 UNVERIFIED_SUFFIX = ".unverified"
 """What was saved, does not verify, and would have taken the place of the last checkpoint that did."""
@@ -118,7 +124,7 @@ class GuardedCheckpointIO(CheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], staged: Path, storage_options: Any) -> ManifestEntry | None:
         """Writes to `staged`, down to the disk; what was written where that is known, which is for torch's own file."""
-        if type(self.checkpoint_io) is TorchCheckpointIO and storage_options is None:
+        if is_just(self.checkpoint_io, "TorchCheckpointIO") and storage_options is None:
             with DurableFile(staged) as file:
                 try:
                     torch.save(checkpoint, file)  # type: ignore[arg-type]
@@ -246,8 +252,9 @@ def guard_checkpoint_io(
     Inside wrappers as `AsyncCheckpointIO`, it goes around what they wrap: only there a save is over when it returns.
     """
     outer: Any = None
-    outermost = inner = strategy.checkpoint_io
-    while isinstance(inner, _WrappingCheckpointIO) and inner.checkpoint_io is not None:
+    outermost: Any = strategy.checkpoint_io
+    inner: Any = outermost
+    while is_a(inner, "_WrappingCheckpointIO") and inner.checkpoint_io is not None:
         outer, inner = inner, inner.checkpoint_io
     if isinstance(inner, GuardedCheckpointIO):
         inner.verify, inner.verify_after_save = verify, verify_after_save
@@ -266,7 +273,7 @@ def guard_checkpoint_io(
 def remove_all_leftovers(trainer: Trainer, guarded: GuardedCheckpointIO) -> None:
     """Removes what killed saves have left in the folders that the Trainer's callbacks save to; on rank 0."""
     for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
-        folder = local_path(callback.dirpath) if isinstance(callback, ModelCheckpoint) and callback.dirpath else None
+        folder = local_path(callback.dirpath) if is_model_checkpoint(callback) and callback.dirpath else None
         if folder is not None:
             guarded.remove_leftovers(folder)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
-from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from enstack_lightning.checkpoint.facts import Facts, Format, RunFacts, SchedulerFacts
 from enstack_lightning.checkpoint.readers.lightning import lightning_facts, progress_facts
 from enstack_lightning.checkpoint.readers.states import optimizer_of, scheduler_of
+from enstack_lightning.guard.flavor import lightning_version
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
@@ -62,7 +64,7 @@ def run_of(trainer: Trainer) -> RunFacts:
 
 def versions() -> dict[str, str]:
     """The versions that a resume should find again."""
-    return {"torch": str(torch.__version__), "lightning": str(lightning.__version__)}
+    return {"torch": str(torch.__version__), "lightning": lightning_version()}
 
 
 def learning_rates(trainer: Trainer) -> tuple[float, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def restore_loader_position(trainer: Trainer) -> bool:

@@ -11,15 +11,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from typing import TYPE_CHECKING, Any
 
 from enstack_lightning.checkpoint import Format, Report
 from enstack_lightning.checkpoint.location import Location, locate
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
+from enstack_lightning.guard.flavor import is_a, is_just, lightning_base
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.io import CheckpointIO
+    from lightning.pytorch.strategies import Strategy
 
 _ENDS = 256 * 2**10
 """Bytes of a file's end that ranks compare: a torch file has its directory there, with every record's checksum."""
@@ -81,7 +83,7 @@ def stop_guarding_loading(trainer: Trainer) -> None:
 
 def reads_formats_of_its_own(strategy: Strategy) -> bool:
     """Whether a strategy or its CheckpointIO loads what the checkpoint core need not know."""
-    return isinstance(strategy, DeepSpeedStrategy) or not isinstance(_innermost(strategy), TorchCheckpointIO)
+    return is_a(strategy, "DeepSpeedStrategy") or not is_a(_innermost(strategy), "TorchCheckpointIO")
 
 
 def check_form(strategy: Strategy, report: Report) -> None:
@@ -90,8 +92,12 @@ def check_form(strategy: Strategy, report: Report) -> None:
     Raises:
         CheckpointGuardError: the Trainer loads Lightning files only, and this is none.
     """
-    files_only = type(strategy).load_checkpoint is Strategy.load_checkpoint
-    if report.facts.format is Format.LIGHTNING or not files_only or type(_innermost(strategy)) is not TorchCheckpointIO:
+    files_only = type(strategy).load_checkpoint is lightning_base(strategy, "Strategy").load_checkpoint
+    if (
+        report.facts.format is Format.LIGHTNING
+        or not files_only
+        or not is_just(_innermost(strategy), "TorchCheckpointIO")
+    ):
         return
     sharded = report.facts.format is Format.SHARDED
     hint = "Load it with the strategy that saved it" if sharded else "Name the .ckpt file that a Trainer saved"
@@ -103,7 +109,7 @@ def check_form(strategy: Strategy, report: Report) -> None:
 
 def _innermost(strategy: Strategy) -> CheckpointIO:
     found: CheckpointIO = strategy.checkpoint_io
-    while isinstance(inner := getattr(found, "checkpoint_io", None), CheckpointIO):
+    while (inner := getattr(found, "checkpoint_io", None)) is not None:
         found = inner
     return found
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from enstack_lightning.guard.flavor import ModelCheckpoint, is_model_checkpoint
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class RecoveryCheckpoint(ModelCheckpoint):
@@ -37,6 +40,6 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def _superseded(self, trainer: Trainer, path: Path) -> bool:
         """Whether another callback has saved since; a checkpoint is never removed before its successor stands."""
-        others = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
+        others = [c for c in trainer.checkpoint_callbacks if is_model_checkpoint(c) and c is not self]
         saved = [Path(p) for c in others for p in (c.best_model_path, c.last_model_path) if p]
         return path.is_file() and any(p.is_file() and p.stat().st_mtime >= path.stat().st_mtime for p in saved)
