@@ -50,8 +50,9 @@ _SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
 class VulnerabilityDataModule(LightningDataModule):
     """C functions with one weakness class each, tokenised and batched.
 
-    A batch is a dict of int64 tensors: `input_ids` and `attention_mask` [B, T], `idx` [B], and `labels` [B] unless
-    the rows to predict have none. T is the longest row of the batch, rounded up to a multiple of 8.
+    A batch is a dict of int64 tensors: `input_ids` and `attention_mask` [B, T], `idx` [B], `labels` [B] unless
+    the rows to predict have none, and in training `row` [B], the position in the split. T is the longest row of the
+    batch, rounded up to a multiple of 8.
 
     Args:
         path: Folder with the splits: `train`, `validation` (or `val`, `valid`) and `test`, each as `.jsonl`, `.json`,

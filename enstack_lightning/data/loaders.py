@@ -40,7 +40,10 @@ class PaddingCollator:
         self.max_length = max_length
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns `input_ids` and `attention_mask` [B, T], `idx` [B] and, if labelled, `labels` [B], all int64."""
+        """Returns `input_ids` and `attention_mask` [B, T], `idx` [B], all int64.
+
+        `labels` [B] is there if the rows are labelled, and `row` [B] if they are numbered (`NumberedRows`).
+        """
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
         width = max(longest, min(width, self.max_length))
@@ -54,7 +57,30 @@ class PaddingCollator:
         batch["idx"] = torch.tensor([row["idx"] for row in rows], dtype=torch.int64)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.int64)
         return batch
+
+
+class NumberedRows:
+    """Rows that know their position in the split, as `row`; `idx` is the data's own and may repeat or have gaps.
+
+    Args:
+        rows: Tokenised rows.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self._rows[number], "row": number}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = self._rows.__getitems__(numbers)
+        return [{**row, "row": number} for row, number in zip(rows, numbers, strict=True)]
 
 
 def epoch_order(lengths: Sequence[int] | int, seed: int, epoch: int, batch_size: int) -> list[int]:
@@ -199,7 +225,7 @@ def training_loader(
         The loader.
     """
     return StatefulDataLoader(
-        rows,
+        NumberedRows(rows),
         batch_size=sampler.batch_size,
         sampler=sampler,
         collate_fn=collate,
