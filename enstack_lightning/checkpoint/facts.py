@@ -6,6 +6,7 @@ that the source does not state is None (or empty), never a guess.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -216,6 +217,8 @@ class OptimizerFacts:
         steps: the `step` of every parameter that has one (parameter -> steps).
         unusable_steps: parameter and `step` of those whose step is NaN, infinite or negative.
         moments: the shape of every tensor in a parameter's state (parameter -> entry -> shape), scalars left out.
+        names: parameter -> its name in the module; of a live run only.
+        shapes: parameter -> its own shape; of a live run only.
     """
 
     groups: tuple[ParamGroupFacts, ...]
@@ -223,6 +226,8 @@ class OptimizerFacts:
     parameters_with_state: int
     moments: Mapping[int | str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     unusable_steps: tuple[tuple[int | str, float], ...] = ()
+    names: Mapping[int | str, str] = field(default_factory=dict)
+    shapes: Mapping[int | str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def parameter_count(self) -> int:
@@ -253,6 +258,7 @@ class SchedulerFacts:
         curve: points (scheduler step, learning rate of the first param group) from 0 to the schedule's end.
         own_lr: what the schedule that the state itself holds gives at `last_epoch`, one rate a param group, where it
             has a closed form.
+        options: the entries of its state that no step changes (`T_max`, `gamma`, `base_lrs`, …), as plain values.
     """
 
     last_epoch: int | None
@@ -265,6 +271,7 @@ class SchedulerFacts:
     next_lrs: tuple[float, ...] = ()
     curve: tuple[tuple[int, float], ...] = ()
     own_lr: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -317,6 +324,16 @@ class RunFacts:
     Attributes:
         scheduler_intervals: `step` or `epoch`, one a scheduler.
         scheduler_frequencies: every how many intervals it steps, one a scheduler.
+        scheduler_kinds: its class, one a scheduler.
+        scheduler_options: what it was made with (`SchedulerFacts.options` before any step), one a scheduler.
+        optimizer_kinds: its class, one an optimizer.
+        optimizer_options: what its param groups were made with, one list of groups an optimizer.
+        parameter_digests: of each optimizer's groups, eight hexadecimal digits a parameter (its name and shape).
+        trainable_parameters: tensors of the module that get a gradient.
+        batch_size: rows in a batch of the training loader of one process.
+        dataset_rows: rows of the training data.
+        dataset_fingerprint: what it was told from and a digest, `KIND:DIGEST`.
+        seed: the global seed.
     """
 
     batches_per_epoch: int | None = None
@@ -327,6 +344,24 @@ class RunFacts:
     precision: str | None = None
     scheduler_intervals: tuple[str, ...] = ()
     scheduler_frequencies: tuple[int, ...] = ()
+    scheduler_kinds: tuple[str, ...] = ()
+    scheduler_options: tuple[Mapping[str, Any], ...] = ()
+    optimizer_kinds: tuple[str, ...] = ()
+    optimizer_options: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    parameter_digests: tuple[tuple[str, ...], ...] = ()
+    trainable_parameters: int | None = None
+    batch_size: int | None = None
+    dataset_rows: int | None = None
+    dataset_fingerprint: str | None = None
+    seed: int | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, as `Trainer.estimated_stepping_batches` reckons; None without an end."""
+        lengths = [self.max_steps] if self.max_steps is not None and self.max_steps >= 0 else []
+        if self.batches_per_epoch and self.max_epochs is not None and self.max_epochs >= 0:
+            lengths.append(math.ceil(self.batches_per_epoch / (self.accumulate_grad_batches or 1)) * self.max_epochs)
+        return min(lengths) if lengths else None
 
 
 @dataclass(frozen=True)
@@ -351,6 +386,7 @@ class Facts:
         loader_spent: whether that position is behind the last batch of an epoch that is not complete yet, in a loader
             that gives no batch when it is put there.
         live: whether a running Trainer said all this, rather than a file.
+        saved: of a live run: the facts of the checkpoint that it was restored from.
     """
 
     path: str
@@ -377,6 +413,7 @@ class Facts:
     loader_position: bool = False
     loader_spent: bool = False
     live: bool = False
+    saved: Facts | None = None
 
     @property
     def batches_per_epoch(self) -> int | None:

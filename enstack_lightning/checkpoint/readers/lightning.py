@@ -16,7 +16,7 @@ from typing import Any
 
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
-from enstack_lightning.checkpoint.readers.shapes import misshapen, must_be, shown_value
+from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, misshapen, must_be, shown_value
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
     at,
@@ -47,6 +47,8 @@ _OF_TORCHDATA = {"yielded", "generator"}
 _VERSION = re.compile(r"v?\d{1,9}(\.\d{1,9}){0,5}[-_.+a-z0-9]{0,100}", re.ASCII | re.IGNORECASE)
 """A version as packaging reads it, roughly: PEP 440."""
 _TRAINING_ENTRIES = ("optimizer_states", "lr_schedulers")
+OF_DATA_MODULE = "data module"
+"""The kind of a fingerprint that a LightningDataModule made itself: its attribute `fingerprints`."""
 
 
 def is_lightning(value: object) -> bool:
@@ -76,7 +78,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         progress=progress_facts(checkpoint),
         optimizers=optimizers,
         schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),
-        run=_with_precision(run_facts(at(guard, ["run"])), checkpoint),
+        run=_with_data_module(_with_precision(run_facts(at(guard, ["run"])), checkpoint), checkpoint),
         metrics=_best_metrics(checkpoint.get("callbacks"), read_scalar),
         hyper_parameters=_hyper_parameters(checkpoint.get("hyper_parameters")),
         data_hyper_parameters=_hyper_parameters(checkpoint.get("datamodule_hyper_parameters")),
@@ -138,7 +140,7 @@ def _named_weights(checkpoint: Mapping[str, Any]) -> dict[str, TensorDescriptor]
 def run_facts(recorded: object) -> RunFacts:
     """The run as the guard recorded it in its callback state."""
     intervals, frequencies = at(recorded, ["scheduler_intervals"]), at(recorded, ["scheduler_frequencies"])
-    precision = at(recorded, ["precision"])
+    precision, fingerprint = at(recorded, ["precision"]), at(recorded, ["dataset_fingerprint"])
     return RunFacts(
         batches_per_epoch=whole(at(recorded, ["batches_per_epoch"])),
         accumulate_grad_batches=whole(at(recorded, ["accumulate_grad_batches"])),
@@ -148,7 +150,41 @@ def run_facts(recorded: object) -> RunFacts:
         precision=precision if isinstance(precision, str) else None,
         scheduler_intervals=tuple(map(str, intervals)) if isinstance(intervals, list) else (),
         scheduler_frequencies=tuple(whole(n) or 1 for n in frequencies) if isinstance(frequencies, list) else (),
+        scheduler_kinds=_texts(at(recorded, ["scheduler_kinds"])),
+        scheduler_options=_options(at(recorded, ["scheduler_options"])),
+        optimizer_kinds=_texts(at(recorded, ["optimizer_kinds"])),
+        optimizer_options=tuple(map(_options, _list(at(recorded, ["optimizer_options"])))),
+        parameter_digests=tuple(map(_texts, _list(at(recorded, ["parameter_digests"])))),
+        trainable_parameters=whole(at(recorded, ["trainable_parameters"])),
+        batch_size=whole(at(recorded, ["batch_size"])),
+        dataset_rows=whole(at(recorded, ["dataset_rows"])),
+        dataset_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+        seed=whole(at(recorded, ["seed"])),
     )
+
+
+def _list(value: object) -> list[Any]:
+    return value[:MAX_GROUPS] if isinstance(value, list) else []
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(map(str, _list(value)))
+
+
+def _options(value: object) -> tuple[Mapping[str, Any], ...]:
+    return tuple(plain(entry) if isinstance(entry, Mapping) else {} for entry in _list(value))
+
+
+def _with_data_module(run: RunFacts, checkpoint: Mapping[str, Any]) -> RunFacts:
+    """The run, with the fingerprint of the training data that a data module has put into its own state."""
+    for state in checkpoint.values() if run.dataset_fingerprint is None else ():
+        digest = at(state, ["fingerprints", "train"])
+        if isinstance(digest, str):
+            rows = whole(at(state, ["num_rows", "train"]))
+            return dataclasses.replace(
+                run, dataset_fingerprint=f"{OF_DATA_MODULE}:{digest}", dataset_rows=run.dataset_rows or rows
+            )
+    return run
 
 
 def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:

@@ -177,7 +177,35 @@ def scheduler_of(
         next_lrs=schedule.next_lrs,
         curve=schedule.curve,
         own_lr=schedule.own_lr,
+        options=schedule_options(entry) if described else {},
     )
+
+
+_MOVING = frozenset(
+    ("last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter", "mode_worse", "lr_lambdas", "verbose")
+)
+"""Entries of a scheduler's state that its steps change, or that hold nothing."""
+
+
+def schedule_options(state: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
+    """The entries of `LRScheduler.state_dict()` that no step changes; those of a scheduler's parts under their number.
+
+    Example:
+        >>> schedule_options({"T_max": 5, "base_lrs": [0.1], "last_epoch": 3, "_step_count": 4})
+        {'T_max': 5, 'base_lrs': [0.1]}
+    """
+    options = {
+        str(name): plain(value)
+        for name, value in state.items()
+        if not str(name).startswith("_") and name not in _MOVING and value is not None
+    }
+    if isinstance(state.get("_milestones"), list | tuple):
+        options["milestones"] = plain(state["_milestones"])
+    parts = state.get("_schedulers")
+    for number, part in enumerate(parts[:MAX_DESCRIBED] if isinstance(parts, list | tuple) and depth else ()):
+        if isinstance(part, Mapping):
+            options |= {f"schedulers[{number}].{k}": v for k, v in schedule_options(part, depth - 1).items()}
+    return options
 
 
 def _groups_under(i: int, count: int, optimizers: Sequence[OptimizerFacts]) -> Sequence[ParamGroupFacts]:

@@ -1,22 +1,31 @@
 """CK9xx: what changed between the run that saved and the run that wants to resume, and what that does to the resume.
 
-The run that wants to resume is given by its configuration in LightningCLI's form (`trainer`, `model`, `data`, the last
-two perhaps with `class_path` and `init_args`), or as a flat table of transformers' training arguments. Only what both
-sides state is compared; a key with no value is not stated.
+The run that wants to resume is a live one, or is given by its configuration in LightningCLI's form (`trainer`, `model`,
+`data`, the last two perhaps with `class_path` and `init_args`), or as a flat table of transformers' training arguments.
+Only what both sides state is compared; a key with no value is not stated. `drift_of_run` has the rules for what only
+`CheckpointGuard` records.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Facts, Format
+from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
 from enstack_lightning.checkpoint.rules.optimizer import scales_losses
+from enstack_lightning.checkpoint.rules.overrides import overridden
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.rules.settings import (
+    BATCH_SIZES,
+    Settings,
+    same,
+    settings_of_config,
+    settings_of_facts,
+    shown,
+)
 from enstack_lightning.checkpoint.wording import many
 
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
@@ -25,99 +34,7 @@ _SHAPES = frozenset((*_WIDTHS, "num_hidden_layers", "num_attention_heads"))
 _LABELS = frozenset(("num_labels", "label_names"))
 _SCHEDULE = frozenset(("learning_rate", "lr", "weight_decay", "warmup_fraction", "warmup_steps", "schedule"))
 _FILES = ("path", "train_file", "validation_file")
-_BATCH_SIZES = ("train_batch_size", "batch_size", "per_device_train_batch_size")
 _ANOTHER_RUN = "Resume with the settings that the checkpoint was saved under, or begin a new run from its weights."
-
-_PRECISIONS = {
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-    "32": "32-true",
-    "64": "64-true",
-    "fp16": "16-mixed",
-    "no": "32-true",
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides how a run trains, of the run that saved or of the one to resume; None where it is not stated."""
-
-    batch_size: int | None
-    accumulation: int | None
-    world_size: int | None
-    max_epochs: int | None
-    max_steps: int | None
-    precision: str | None
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-
-
-def settings_of_config(config: Mapping[str, Any]) -> Settings:
-    """The settings of a run by its configuration."""
-    fit = config.get("fit")
-    config = fit if isinstance(fit, Mapping) else config
-    trainer, model, data = (_section(config, name) for name in ("trainer", "model", "data"))
-    if not (trainer or model or data):
-        return _settings_of_arguments(config)
-    accumulation = _whole(trainer.get("accumulate_grad_batches"))
-    return Settings(
-        batch_size=_first_whole(data, model),
-        accumulation=1 if trainer and trainer.get("accumulate_grad_batches") is None else accumulation,
-        world_size=_world_size(trainer.get("devices"), trainer.get("num_nodes")),
-        max_epochs=_whole(trainer.get("max_epochs")),
-        max_steps=_whole(trainer.get("max_steps")),
-        precision=_precision(trainer.get("precision")),
-        model=model,
-        data=data,
-    )
-
-
-def settings_of_facts(facts: Facts) -> Settings:
-    """The settings of the run that saved, as far as the checkpoint states them."""
-    model: Mapping[str, Any] = facts.hyper_parameters
-    if facts.format is not Format.LIGHTNING:
-        model = {**facts.model_config, **facts.hyper_parameters}
-    names = facts.model_config.get("id2label")
-    if isinstance(names, Mapping) and "num_labels" not in model:
-        model = {**model, "num_labels": len(names)}
-    return Settings(
-        batch_size=_first_whole(facts.data_hyper_parameters, facts.hyper_parameters),
-        accumulation=facts.run.accumulate_grad_batches,
-        world_size=facts.run.world_size,
-        max_epochs=facts.run.max_epochs,
-        max_steps=facts.run.max_steps,
-        precision=_precision(facts.run.precision),
-        model=model,
-        data=facts.data_hyper_parameters,
-    )
-
-
-def _settings_of_arguments(config: Mapping[str, Any]) -> Settings:
-    """transformers' training arguments, whose `num_train_epochs` is ignored where `max_steps` is given."""
-    mixed = {"fp16": "16-mixed", "bf16": "bf16-mixed"}
-    steps, epochs = _whole(config.get("max_steps")), _number(config.get("num_train_epochs"))
-    return Settings(
-        batch_size=_first_whole(config),
-        accumulation=_whole(config.get("gradient_accumulation_steps")),
-        world_size=None,
-        max_epochs=None if epochs is None or (steps or 0) > 0 else math.ceil(epochs),
-        max_steps=steps if steps and steps > 0 else None,
-        precision=next((mixed[name] for name in mixed if config.get(name) is True), None),
-        model=config,
-        data={},
-    )
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section's options, of a class that is named there or of the one that is built in."""
-    section = config.get(name)
-    if not isinstance(section, Mapping):
-        return {}
-    if "class_path" not in section:
-        return section
-    options = section.get("init_args")
-    return {**options, "_class_path": section["class_path"]} if isinstance(options, Mapping) else section
-
 
 # What the rules have in common
 
@@ -127,26 +44,25 @@ Compared = tuple[Settings, Settings, ResumePlan | None]
 
 def _compared(facts: Facts, options: Options) -> Compared | None:
     """The settings saved, the settings wanted and the plan; None where there is nothing to compare."""
+    if facts.saved is not None:
+        by_loader = facts.saved.run.batch_size is not None and facts.run.batch_size is not None
+        before, now = (settings_of_facts(f, by_loader) for f in (facts.saved, facts))
+        return before, now, plan_resume(facts.saved)
     if options.run_config is None or facts.live or not (facts.fields or facts.tensors):
         return None
     return settings_of_facts(facts), settings_of_config(options.run_config), plan_resume(facts)
 
 
+def _saved(facts: Facts) -> Facts:
+    """The checkpoint's facts, also where a run that was restored from it tells its own."""
+    return facts.saved or facts
+
+
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
     for name in names:
         old, new = before.get(name), now.get(name)
-        if old is not None and new is not None and not _same(old, new):
+        if old is not None and new is not None and not same(old, new):
             yield name, old, new
-
-
-def _same(old: object, new: object) -> bool:
-    """YAML reads 2e-5 as text, and a tuple comes back as a list."""
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return len(old) == len(new) and all(map(_same, old, new))
-    a, b = _number(old), _number(new)
-    if a is not None and b is not None:
-        return math.isclose(a, b, rel_tol=1e-9)
-    return old == new
 
 
 def _inside_an_epoch(plan: ResumePlan | None) -> bool:
@@ -168,41 +84,47 @@ def drift_of_model(facts: Facts, options: Options) -> Iterator[Outcome]:
     Sizes that decide shapes, and another pretrained model, are errors: the weights do not load, or they load and are
     not those of the model that the configuration names. Another number of heads loads without a word. Other options of
     the module (dropout, label smoothing) are worth knowing. LightningCLI lets the checkpoint's hyper-parameters win
-    over the configuration; `enstack fit` lets the configuration win.
+    over the configuration; `enstack fit` lets the configuration win. A live run has its own values, and its weights
+    have loaded: there only another number of heads is an error, and another size or pretrained model a warning.
     """
     if (compared := _compared(facts, options)) is None:
         return
     before, now, _ = compared
-    same = True
+    unchanged = True
     pretrained = now.model.get("pretrained", before.model.get("pretrained"))
     untold = _SHAPES if pretrained is True else set()  # the sizes come with the pretrained model
-    names = sorted(set(now.model) - _LABELS - _SCHEDULE - set(_BATCH_SIZES) - untold - {"_class_path"})
+    names = sorted(set(now.model) - _LABELS - _SCHEDULE - set(BATCH_SIZES) - untold - {"_class_path"})
     for name, old, new in _changed(before.model, now.model, names):
-        same = False
+        unchanged = False
         if name == "model_name_or_path" and pretrained is False:
             continue  # nothing is read from it
-        yield _network_change(name, old, new)
+        yield _network_change(name, old, new, facts.live)
     old, new = before.model.get("_class_path"), now.model.get("_class_path")
     if old is not None and new is not None and str(old).rpartition(".")[2] != str(new).rpartition(".")[2]:
-        same = False
+        unchanged = False
         yield error(f"the model is a {new}, and the checkpoint is of a {old}", "model.class_path", _ANOTHER_RUN)
-    if same and set(names) & set(before.model):
+    if unchanged and set(names) & set(before.model):
         yield passed("the run builds the network that was saved")
 
 
-def _network_change(name: str, old: Any, new: Any) -> Outcome:
+def _network_change(name: str, old: Any, new: Any, live: bool) -> Outcome:
     where = f"model.{name}"
-    change = f"{name} was {_shown(old)} and is {_shown(new)}"
+    change = f"{name} was {shown(old)} and is {shown(new)}"
     if name == "model_name_or_path":
         if PurePath(str(old)).name == PurePath(str(new)).name:
             return info(f"{change}: the same model by its name, elsewhere", where)
-        return error(f"{change}: the weights of the checkpoint are not of that model", where, _ANOTHER_RUN)
+        say = warning if live else error
+        return say(f"{change}: the weights of the checkpoint are not of that model", where, _ANOTHER_RUN)
     if name == "num_attention_heads":
         return error(f"{change}: the weights load and are split into other heads", where, _ANOTHER_RUN)
+    if name in _SHAPES and live:
+        return warning(f"{change}, and the weights have loaded nevertheless", where, _ANOTHER_RUN)
     if name in _SHAPES:
         return error(f"{change}: the weights have other shapes and do not load", where, _ANOTHER_RUN)
     if name == "pretrained":
         return warning(f"{change}: the network's sizes come from elsewhere now", where, _ANOTHER_RUN)
+    if live:
+        return info(f"{change}: the run goes on with the new value", where)
     return info(f"{change}: LightningCLI takes the checkpoint's value, enstack fit the configuration's", where)
 
 
@@ -211,27 +133,28 @@ def drift_of_labels(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The run to resume has other labels, or the same in another order.
 
     Another number of labels gives the classifier another shape. The same number under other names, or in another order,
-    loads and silently trains every class towards another meaning.
+    loads and silently trains every class towards another meaning. Another number is a warning in a live run, whose
+    weights have loaded.
     """
     if (compared := _compared(facts, options)) is None:
         return
     before, now, _ = compared
     for name, old, new in _changed(before.model, now.model, ("num_labels",)):
-        yield error(
-            f"{name} was {_shown(old)} and is {_shown(new)}: the classifier's weights have another shape",
-            f"model.{name}",
-            _ANOTHER_RUN,
-        )
+        change = f"{name} was {shown(old)} and is {shown(new)}"
+        if facts.live:
+            yield warning(f"{change}, and the weights have loaded nevertheless", f"model.{name}", _ANOTHER_RUN)
+        else:
+            yield error(f"{change}: the classifier's weights have another shape", f"model.{name}", _ANOTHER_RUN)
     for section, left, right in (("model", before.model, now.model), ("data", before.data, now.data)):
         for name, old, new in _changed(left, right, ("label_names",)):
             lists = isinstance(old, list | tuple) and isinstance(new, list | tuple)
             order = lists and sorted(map(str, old)) == sorted(map(str, new))
             yield error(
-                f"{name} {'are in another order' if order else 'changed'}: {_shown(old)} before, {_shown(new)} now",
+                f"{name} {'are in another order' if order else 'changed'}: {shown(old)} before, {shown(new)} now",
                 f"{section}.{name}",
                 "Give the labels as they were: the weights know each class by its number.",
             )
-    if _same(before.model.get("num_labels"), now.model.get("num_labels") or math.nan):
+    if same(before.model.get("num_labels"), now.model.get("num_labels") or math.nan):
         yield passed(f"{now.model['num_labels']} labels, as saved")
 
 
@@ -257,7 +180,7 @@ def drift_of_batch_size(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield passed(f"batch size {now.batch_size:,}, as saved")
         return
     message = f"the batch size was {before.batch_size:,} and is {now.batch_size:,}"
-    batches = facts.batches_per_epoch
+    batches = _saved(facts).batches_per_epoch
     if batches and now.batch_size > 0:
         about = math.ceil(batches * before.batch_size / now.batch_size)
         message += f": an epoch of {many(batches, 'batch', 'batches')} has about {about:,} now"
@@ -299,7 +222,7 @@ def drift_of_accumulation(facts: Facts, options: Options) -> Iterator[Outcome]:
         return
     held = many(before.accumulation, "batch", "batches")
     message = f"a step took the gradients of {held} and is to take those of {now.accumulation:,}"
-    batches = facts.batches_per_epoch
+    batches = _saved(facts).batches_per_epoch
     if batches and now.accumulation > 0 and before.accumulation > 0:
         old, new = math.ceil(batches / before.accumulation), math.ceil(batches / now.accumulation)
         message += f": {old:,} optimizer steps an epoch before, {new:,} now"
@@ -391,34 +314,43 @@ def drift_of_schedule(facts: Facts, options: Options) -> Iterator[Outcome]:
     Restoring an optimizer overwrites the groups' learning rate and weight decay, and restoring a scheduler its base
     rates: the new values are ignored without a word. A `LambdaLR` does not keep its function, so that the new run's
     warm-up, shape and length hold from the next step on, and the rate jumps; all other schedules keep the old.
+
+    In a live run every option that its param groups and schedulers were made with is compared with what they were
+    restored to, and with what `CheckpointGuard` recorded of the run that saved. A schedule of another length in a run
+    that was made longer on purpose is worth knowing and no warning.
     """
     if (compared := _compared(facts, options)) is None:
         return
     before, now, _ = compared
-    same = True
+    saved = _saved(facts)
+    kept = list(overridden(facts)) if facts.live else list(_given_anew(before, now, saved))
+    yield from kept
+    longer = list(_other_length(before, now, saved))
+    yield from longer
+    told = facts.run.optimizer_options if facts.live else set(now.model) & set(before.model) & _SCHEDULE
+    if not kept and not longer and told:
+        yield passed("learning rate and schedule as saved")
+
+
+def _given_anew(before: Settings, now: Settings, saved: Facts) -> Iterator[Outcome]:
     for name, old, new in _changed(before.model, now.model, sorted(_SCHEDULE)):
-        same = False
-        change = f"{name} was {_shown(old)} and is {_shown(new)}"
+        change = f"{name} was {shown(old)} and is {shown(new)}"
         if name in ("learning_rate", "lr", "weight_decay"):
             effect = "the restored optimizer and schedule keep the old value"
             hint = "Keep the old value, or begin a new run from the checkpoint's weights."
         else:
-            effect, hint = (
-                _on_the_schedule(facts),
-                "Keep the old schedule, or expect another rate from the next step on.",
-            )
+            effect = _on_the_schedule(saved)
+            hint = "Keep the old schedule, or expect another rate from the next step on."
         yield warning(f"{change}: {effect}", f"model.{name}", hint)
-    for name, before_length, now_length in (
+
+
+def _other_length(before: Settings, now: Settings, saved: Facts) -> Iterator[Outcome]:
+    for name, old, new in (
         ("max_epochs", before.max_epochs, now.max_epochs),
         ("max_steps", before.max_steps, now.max_steps),
     ):
-        if facts.schedulers and (before_length or 0) > 0 and (now_length or 0) > 0 and before_length != now_length:
-            same = False
-            yield info(
-                f"{name} was {before_length:,} and is {now_length:,}: {_on_the_schedule(facts)}", f"trainer.{name}"
-            )
-    if same and set(now.model) & set(before.model) & _SCHEDULE:
-        yield passed("learning rate and schedule as saved")
+        if saved.schedulers and (old or 0) > 0 and (new or 0) > 0 and old != new:
+            yield info(f"{name} was {old:,} and is {new:,}: {_on_the_schedule(saved)}", f"trainer.{name}")
 
 
 def _on_the_schedule(facts: Facts) -> str:
@@ -446,28 +378,28 @@ def drift_of_data(facts: Facts, options: Options) -> Iterator[Outcome]:
         return
     before, now, plan = compared
     judge: Callable[..., Outcome] = warning if _inside_an_epoch(plan) else info
-    same = True
+    unchanged = True
     trained_here = before.data.get("tokenizer") is None and before.model.get("pretrained") is not True
     tokens = ("tokenizer", "vocab_size") if trained_here else ("tokenizer",)
     for name, old, new in _changed(before.data, now.data, tokens):
-        same = False
-        change = f"{name} was {_shown(old)} and is {_shown(new)}"
+        unchanged = False
+        change = f"{name} was {shown(old)} and is {shown(new)}"
         if name == "tokenizer" and PurePath(str(old)).name == PurePath(str(new)).name:
             yield info(f"{change}: the same by its name, elsewhere", f"data.{name}")
         else:
             yield error(f"{change}: token ids mean other tokens to the weights", f"data.{name}", _ANOTHER_RUN)
     for name, old, new in _changed(before.data, now.data, _FILES):
-        same = False
+        unchanged = False
         yield judge(
-            f"{name} was {_shown(old)} and is {_shown(new)}: other rows, unless it is a copy",
+            f"{name} was {shown(old)} and is {shown(new)}: other rows, unless it is a copy",
             f"data.{name}",
             "The data module compares the rows when the run begins.",
         )
     ordered = ("length_bucketing", "max_length", "func_column", "target_column", "seed")
     for name, old, new in _changed(before.data, now.data, ordered):
-        same = False
-        yield judge(f"{name} was {_shown(old)} and is {_shown(new)}: the rows are read otherwise now", f"data.{name}")
-    if same and set(now.data) & set(before.data):
+        unchanged = False
+        yield judge(f"{name} was {shown(old)} and is {shown(new)}: the rows are read otherwise now", f"data.{name}")
+    if unchanged and set(now.data) & set(before.data):
         yield passed("data as saved")
 
 
@@ -502,48 +434,3 @@ def drift_of_precision(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield info(f"{change}: weights and moments stay float32", "trainer.precision")
     else:
         yield warning(f"{change}: weights and moments change their type", "trainer.precision")
-
-
-# Values of a configuration
-
-
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r:.100}"
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _whole(value: object) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and number == int(number) else None
-
-
-def _first_whole(*sections: Mapping[str, Any]) -> int | None:
-    found = (_whole(section.get(name)) for section in sections for name in _BATCH_SIZES)
-    return next((size for size in found if size is not None), None)
-
-
-def _world_size(devices: object, nodes: object) -> int | None:
-    """The number of processes, in every form that Lightning takes `devices` in; None for `auto` and `-1`."""
-    count: int | None
-    if isinstance(devices, list | tuple):
-        count = len(devices)
-    elif isinstance(devices, str) and "," in devices:
-        count = len([part for part in devices.split(",") if part.strip()])
-    else:
-        count = _whole(devices)
-    if count is None or count < 1:
-        return None
-    return count * (_whole(nodes) or 1)
-
-
-def _precision(value: object) -> str | None:
-    return None if value is None else _PRECISIONS.get(str(value), str(value))
