@@ -30,6 +30,9 @@ COMMANDS = {
     "predict": Command("classify functions with a checkpoint", "enstack_lightning.cli.training"),
     "verify": Command("check a checkpoint, or a folder of them, without loading it", "enstack_lightning.cli.verify"),
     "manifest": Command("keep digests beside a checkpoint, for verify to compare", "enstack_lightning.cli.manifest"),
+    "resume-check": Command(
+        "prove that a killed and resumed run equals one that was not", "enstack_lightning.cli.resume_check"
+    ),
     "rules": Command("list what verify checks, or explain one rule", "enstack_lightning.cli.rules"),
     "export": Command("turn a .ckpt into an EnStack or Hugging Face folder", "enstack_lightning.cli.export"),
     "demo": Command("train offline, be killed, verify what is left, resume", "enstack_lightning.cli.demo"),
