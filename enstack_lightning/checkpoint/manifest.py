@@ -30,7 +30,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +102,7 @@ def write_manifest(
     epoch: int | None = None,
     fingerprints: Mapping[str, str] | None = None,
     versions: Mapping[str, str] | None = None,
-    known: ManifestEntry | None = None,
+    known: Sequence[ManifestEntry] | None = None,
     write: Callable[[Path, bytes], None] | None = None,
 ) -> Path:
     """Reads every byte of a checkpoint and writes its manifest, in place of an older one.
@@ -118,8 +118,7 @@ def write_manifest(
         epoch: likewise.
         fingerprints: of the configuration and the data that the checkpoint was trained with, by name.
         versions: of the libraries that wrote it, by name.
-        known: size and digest of a checkpoint of one file, where they were taken while it was written; then no byte
-            of it is read.
+        known: size and digest of each file, where they were taken already; then no byte is read.
         write: writes a small file so that it is whole or absent at every moment.
 
     Returns:
@@ -132,8 +131,7 @@ def write_manifest(
     """
     location = _writable_location(path)
     try:
-        digests = (_digest(name, file, location, progress) for name, file in _files(location))
-        entries = (known,) if known is not None else tuple(digests)
+        entries = tuple(known) if known is not None else _digests(location, progress, lambda name: True)
         target = manifest_path(path)
         manifest = Manifest(entries, global_step, epoch, format, fingerprints or {}, versions or {})
         (write or _write_atomically)(target, _as_json(manifest))
@@ -142,6 +140,20 @@ def write_manifest(
     except OSError as e:
         raise CheckpointError(f"{path} gets no manifest: {e.filename or 'a file'}: {e.strerror or e}") from e
     return target
+
+
+def digest_files(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> tuple[ManifestEntry, ...]:
+    """Size and digest of those files of a checkpoint whose names, as a manifest has them, are wanted.
+
+    Raises:
+        CheckpointError: as `write_manifest`.
+    """
+    try:
+        return _digests(_writable_location(path), None, wanted)
+    except _UnfitError as e:
+        raise CheckpointError(f"{path} cannot be digested: {e}") from e
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be digested: {e.filename or 'a file'}: {e.strerror or e}") from e
 
 
 def read_manifest(location: Location, folder: Location | None = None) -> Manifest:
@@ -318,6 +330,13 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 # Digests
+
+
+def _digests(
+    location: Location, progress: Progress | None, wanted: Callable[[str], bool]
+) -> tuple[ManifestEntry, ...]:
+    files = ((name, file) for name, file in _files(location) if wanted(name))
+    return tuple(_digest(name, file, location, progress) for name, file in files)
 
 
 def _digest(name: str, file: Location, location: Location, progress: Progress | None) -> ManifestEntry:

@@ -5,21 +5,20 @@ save, and never without a checkpoint that verified.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from enstack_lightning.checkpoint import Options, Severity
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.location import is_url
-from enstack_lightning.checkpoint.manifest import ManifestEntry, manifest_path, write_manifest
-from enstack_lightning.errors import CheckpointError, CheckpointGuardError, CheckpointSaveError
+from enstack_lightning.checkpoint.manifest import ManifestEntry
+from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
+from enstack_lightning.guard.background import BackgroundSaves, Snapshot, SnapshotMemory
+from enstack_lightning.guard.comparing import first_difference
 from enstack_lightning.guard.flavor import (
     CheckpointIO,
     is_a,
@@ -28,18 +27,19 @@ from enstack_lightning.guard.flavor import (
     rank_zero_info,
     rank_zero_warn,
 )
-from enstack_lightning.guard.live import versions
 from enstack_lightning.guard.retention import BAD, Retention
+from enstack_lightning.guard.save_manifest import remove_manifest, without_manifest, write_save_manifest
 from enstack_lightning.guard.saving import (
     DurableFile,
     digest_on_disk,
+    local_path,
     put_in_place,
     remove_leftovers,
     staging,
     sync,
     sync_folder,
-    write_durably,
 )
+from enstack_lightning.guard.sharded_saves import guard_sharded_saves
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -64,8 +64,7 @@ class GuardedCheckpointIO(CheckpointIO):
     - A URL that fsspec knows: what its store and `checkpoint_io` promise (objects of S3 and the like appear whole or
       not at all). Nothing is synchronised here, there is no manifest, and no read-back. Retention holds there too.
     - Strategies that shard (FSDP, DeepSpeed, `ModelParallelStrategy` with `save_distributed_checkpoint`) write past
-      every CheckpointIO: such a save is as its strategy makes it, not atomic and without a manifest. What they remove
-      goes through here, and so through the retention.
+      every CheckpointIO; `ShardedSaves` lets them write beside the place, and says what they promise.
 
     A CheckpointIO that returns before it has written (other than an `AsyncCheckpointIO`) is refused with an error.
 
@@ -92,7 +91,15 @@ class GuardedCheckpointIO(CheckpointIO):
 
     # Saving
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any] | Snapshot, path: str | Path, storage_options: Any = None
+    ) -> None:
+        if isinstance(checkpoint, Snapshot):
+            try:
+                self.save_checkpoint(checkpoint.checkpoint, path, storage_options)
+            finally:
+                checkpoint.release()
+            return
         target = local_path(path)
         try:
             if target is not None:
@@ -102,7 +109,7 @@ class GuardedCheckpointIO(CheckpointIO):
             else:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
                 place, level = str(path), self.retention.level(str(path))[0]
-            self._release(place, level)
+            self.release(place, level)
         finally:
             self.retention.settle(_name(path))
 
@@ -112,14 +119,26 @@ class GuardedCheckpointIO(CheckpointIO):
             entry = self._write(checkpoint, staged, storage_options)
             if self.verify_after_save:
                 self._compare(checkpoint, staged, entry)
-            place, level = self._judged(staged, target)
-            if staged.is_dir():
-                _write_manifest(staged, checkpoint, None)
-            with _without_manifest(place):
-                put_in_place(staged, place)
-            _sync_name(place)
-        if place == target and not target.is_dir():
-            _write_manifest(target, checkpoint, entry)
+            return self.commit(checkpoint, staged, target, entry and (entry,))
+
+    def commit(
+        self, checkpoint: Mapping[str, Any], staged: Path, target: Path, entries: Sequence[ManifestEntry] | None
+    ) -> tuple[str, int]:
+        """Puts what is written and on the disk in its place, and its manifest beside it.
+
+        Returns:
+            Where the checkpoint stands now, which is not `target` if it would have replaced the last good one, and how
+            good it is.
+        """
+        place, level = self._judged(staged, target)
+        is_folder = staged.is_dir()
+        if is_folder:
+            write_save_manifest(staged, checkpoint, entries)
+        with without_manifest(place):
+            put_in_place(staged, place)
+        _sync_name(place)
+        if place == target and not is_folder:
+            write_save_manifest(target, checkpoint, entries)
         return str(place), level
 
     def _write(self, checkpoint: dict[str, Any], staged: Path, storage_options: Any) -> ManifestEntry | None:
@@ -161,6 +180,18 @@ class GuardedCheckpointIO(CheckpointIO):
         if difference:
             raise CheckpointGuardError(f"what was read back differs from what was saved: {difference}")
 
+    def verify_deeply(self, staged: Path) -> None:
+        """Reads every byte of a checkpoint from the disk, and holds it against the checksums that its writer took.
+
+        Raises:
+            CheckpointGuardError: it is damaged.
+        """
+        report = self.retention.report(str(staged), deep=True)
+        damage = [f for f in report.of(Severity.ERROR) if f.code.startswith("CK1")]
+        if damage:
+            said = "; ".join(f"{f.code} {f.message}" for f in damage)
+            raise CheckpointGuardError(f"what was read back is damaged: {said}")
+
     def _judged(self, staged: Path, target: Path) -> tuple[Path, int]:
         """Where to put a checkpoint, and how good it is: not over the last one that verified, unless it does too."""
         level, report = self.retention.level(str(staged))
@@ -174,7 +205,7 @@ class GuardedCheckpointIO(CheckpointIO):
                 f"replace it does not, and stands at {aside}: {said}"
             )
             return aside, level
-        if not self._warned:
+        if not self._warned and report.facts.format is not Format.UNKNOWN:  # that form, only what loads it may know
             self._warned = True
             rank_zero_warn(f"CheckpointGuard: {target} was saved, but a resume from it would be refused: {said}")
         return target, level
@@ -182,23 +213,26 @@ class GuardedCheckpointIO(CheckpointIO):
     @contextlib.contextmanager
     def _explained(self, target: Path) -> Iterator[None]:
         """Errors of the system and of the guard say that nothing was saved, and what still stands."""
-        before = os.path.lexists(target)
         try:
             yield
         except CheckpointSaveError:
             raise
         except (OSError, CheckpointGuardError) as e:
-            raise CheckpointSaveError(self._what_stands(target, before, e), getattr(e, "errno", None)) from e
+            reason = f"{e.strerror} (errno {e.errno})" if isinstance(e, OSError) and e.strerror else str(e)
+            raise CheckpointSaveError(
+                self.what_stands(target, reason or type(e).__name__), getattr(e, "errno", None)
+            ) from e
         except Exception as e:
-            e.add_note(self._what_stands(target, before, e))
+            e.add_note(self.what_stands(target, str(e) or type(e).__name__))
             raise
 
-    def _what_stands(self, target: Path, before: bool, e: Exception) -> str:
-        why = f"{e.strerror} (errno {e.errno})" if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
+    def what_stands(self, target: Path, reason: str) -> str:
+        """The sentence on a save that has failed: why, what stands at its place, and which checkpoint is good."""
+        before = os.path.lexists(target)
         stands = "The checkpoint that stood there before is untouched." if before else "Nothing stands at that path."
         good = self.retention.newest_good(besides=str(target))
         newest = f" The newest good checkpoint elsewhere is {good}." if good else ""
-        return f"CheckpointGuard: {target} was not saved: {why.rstrip('.')}. {stands}{newest}"
+        return f"CheckpointGuard: {target} was not saved: {reason.rstrip('.')}. {stands}{newest}"
 
     def remove_leftovers(self, folder: Path) -> None:
         """Removes what killed saves have left in a folder, once in a run."""
@@ -221,11 +255,20 @@ class GuardedCheckpointIO(CheckpointIO):
     def _remove(self, name: str) -> None:
         # The manifest goes first: beside a later checkpoint of the same name, an old one would be wrong.
         if not is_url(name):
-            _remove_manifest(Path(name))
-        self.checkpoint_io.remove_checkpoint(name)
+            remove_manifest(Path(name))
+        if self._is_own_folder(name):
+            with staging(Path(name)) as hidden:  # what is half removed must not stand under its name
+                os.replace(name, hidden)  # noqa: PTH105
+        else:
+            self.checkpoint_io.remove_checkpoint(name)
         self.retention.removed(name)
 
-    def _release(self, name: str, level: int) -> None:
+    def _is_own_folder(self, name: str) -> bool:
+        path = Path(name)
+        plain = is_just(self.checkpoint_io, "TorchCheckpointIO") and not is_url(name)
+        return plain and path.is_dir() and not path.is_symlink()
+
+    def release(self, name: str, level: int) -> None:
         for kept in self.retention.saved(name, level):
             rank_zero_info(f"CheckpointGuard: {kept} goes now, for {name} has verified")
             try:
@@ -260,13 +303,20 @@ def guard_checkpoint_io(
         inner.verify, inner.verify_after_save = verify, verify_after_save
         inner._cleaned.clear()
         inner.retention.judge_by(options)
+        guard_sharded_saves(strategy, inner)
         return inner
     guarded = GuardedCheckpointIO(inner, verify, options, verify_after_save)
     if outer is None:
         strategy.checkpoint_io = guarded
     else:
         outer._checkpoint_io = guarded  # its setter takes only the first
-        _announce_queued(outermost, guarded.retention)
+        # Others may look into the checkpoint, or keep it.
+        alone = outer is outermost and is_just(outer, "AsyncCheckpointIO") and is_just(inner, "TorchCheckpointIO")
+        background = BackgroundSaves(
+            outermost, lambda path: guarded.retention.announce(_name(path)), SnapshotMemory() if alone else None
+        )
+        outermost.save_checkpoint, outermost.teardown = background.save_checkpoint, background.teardown
+    guard_sharded_saves(strategy, guarded)
     return guarded
 
 
@@ -278,73 +328,8 @@ def remove_all_leftovers(trainer: Trainer, guarded: GuardedCheckpointIO) -> None
             guarded.remove_leftovers(folder)
 
 
-def local_path(path: str | os.PathLike[str]) -> Path | None:
-    """The path on disk, also of a `file://` URL; None for other URLs."""
-    name = os.fspath(path)
-    if name.startswith(("file:", "local:")):
-        return Path(LocalFileSystem._strip_protocol(name))
-    return None if is_url(name) else Path(name)
-
-
 def _name(path: str | os.PathLike[str]) -> str:
     return str(local_path(path) or path)
-
-
-def _announce_queued(outer: Any, retention: Retention) -> None:
-    """Lets `retention` know of each save that a wrapper is given, before it hands it on."""
-    save = outer.save_checkpoint
-
-    def announced(checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
-        retention.announce(_name(path))
-        save(checkpoint, path, *args, **kwargs)
-
-    outer.save_checkpoint = announced
-
-
-def first_difference(saved: object, loaded: object, where: str = "checkpoint") -> str:
-    """Where two trees of dicts, sequences and tensors first differ; empty where they are equal. NaN equals NaN."""
-    if isinstance(saved, torch.Tensor):
-        same = isinstance(loaded, torch.Tensor) and saved.shape == loaded.shape and saved.dtype == loaded.dtype
-        return "" if same and _equal(saved, loaded) else where  # type: ignore[arg-type]
-    if isinstance(saved, Mapping):
-        if not isinstance(loaded, Mapping) or saved.keys() != loaded.keys():
-            return where
-        pairs = [(f"{where}[{key!r}]", value, loaded[key]) for key, value in saved.items()]
-    elif isinstance(saved, Sequence) and not isinstance(saved, str | bytes):
-        if not isinstance(loaded, Sequence) or len(saved) != len(loaded):
-            return where
-        pairs = [(f"{where}[{i}]", *both) for i, both in enumerate(zip(saved, loaded, strict=True))]
-    elif isinstance(saved, float) and saved != saved:
-        return "" if isinstance(loaded, float) and loaded != loaded else where
-    elif isinstance(saved, int | float | str | bytes | bool | None):
-        return "" if saved == loaded else where
-    else:
-        return "" if type(saved) is type(loaded) else where  # objects without an equality of their own
-    return next(filter(None, (first_difference(a, b, place) for place, a, b in pairs)), "")
-
-
-def _equal(saved: torch.Tensor, loaded: torch.Tensor) -> bool:
-    a, b = saved.detach().cpu(), loaded.detach().cpu()
-    if a.layout is not torch.strided or a.is_quantized:
-        return bool((a.to_dense() == b.to_dense()).all()) if a.layout is not torch.strided else torch.equal(a, b)
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
-
-
-def _write_manifest(target: Path, checkpoint: Mapping[str, Any], entry: ManifestEntry | None) -> None:
-    """Writes the manifest of what stands at `target`; a checkpoint without one is none the worse, so failing warns."""
-    try:
-        write_manifest(
-            target,
-            format=Format.SHARDED if target.is_dir() else Format.LIGHTNING,
-            global_step=_count(checkpoint.get("global_step")),
-            epoch=_count(checkpoint.get("epoch")),
-            fingerprints=_fingerprints(checkpoint),
-            versions=versions(),
-            known=entry,
-            write=write_durably,
-        )
-    except CheckpointError as e:
-        rank_zero_warn(f"CheckpointGuard: {target} is saved and on the disk, but has no manifest: {e}")
 
 
 def _sync_name(target: Path) -> None:
@@ -356,52 +341,3 @@ def _sync_name(target: Path) -> None:
             "A power loss may bring the checkpoint before back",
             e.errno,
         ) from e
-
-
-def _count(value: object) -> int | None:
-    return value if type(value) is int else None
-
-
-def _fingerprints(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of the hyper-parameters as canonical JSON, and what a data module says of its own data."""
-    found: dict[str, str] = {}
-    options = {key: checkpoint[key] for key in ("hyper_parameters", "datamodule_hyper_parameters") if key in checkpoint}
-    if options:
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            text = json.dumps(options, sort_keys=True, separators=(",", ":"), default=_named)
-            found["config"] = hashlib.sha256(text.encode()).hexdigest()
-    for state in checkpoint.values():
-        if isinstance(state, Mapping) and isinstance(state.get("fingerprints"), Mapping):
-            found |= {f"data/{split}": str(value) for split, value in state["fingerprints"].items()}
-    return found
-
-
-def _named(value: object) -> object:
-    """Values that JSON has no form for: paths as text, mappings as objects, others by the name of their class."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return str(value) if isinstance(value, os.PathLike) else type(value).__qualname__
-
-
-@contextlib.contextmanager
-def _without_manifest(target: Path) -> Iterator[None]:
-    """Takes the manifest away while its checkpoint is replaced: beside the new one, the old would be wrong."""
-    manifest = manifest_path(target)
-    if target.is_dir() or not manifest.is_file():
-        yield
-        return
-    content = manifest.read_bytes()
-    _remove_manifest(target)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            write_durably(manifest, content)
-        raise
-
-
-def _remove_manifest(target: Path) -> None:
-    manifest = manifest_path(target)
-    if manifest.is_file() and not target.is_dir():
-        os.unlink(manifest)  # noqa: PTH108
-        sync_folder(manifest.parent)

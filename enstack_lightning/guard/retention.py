@@ -69,6 +69,10 @@ class Retention:
         for_inference = self._judge(path, dataclasses.replace(self._options, purpose="inference"))
         return (BAD if for_inference.verdict is Verdict.FAIL else USABLE), report
 
+    def report(self, path: str, deep: bool) -> Report:
+        """What verifying the checkpoint at `path` finds."""
+        return self._judge(path, dataclasses.replace(self._options, deep=deep))
+
     def saved(self, path: str, level: int) -> list[str]:
         """Remembers that a checkpoint of this level was just saved at `path`.
 

@@ -23,7 +23,9 @@ from types import TracebackType
 from typing import Self
 
 from blake3 import blake3
+from fsspec.implementations.local import LocalFileSystem
 
+from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest import ManifestEntry
 
 LEFTOVER_SECONDS = 24 * 3600
@@ -306,3 +308,11 @@ def same_file(path: Path) -> tuple[object, ...]:
         return info.st_ino, info.st_size, info.st_mtime_ns
     files = sorted((p.name, p.stat()) for p in path.iterdir())
     return tuple((name, i.st_ino, i.st_size, i.st_mtime_ns) for name, i in files)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path | None:
+    """The path on disk, also of a `file://` URL; None for other URLs."""
+    name = os.fspath(path)
+    if name.startswith(("file:", "local:")):
+        return Path(LocalFileSystem._strip_protocol(name))
+    return None if is_url(name) else Path(name)

@@ -28,7 +28,8 @@ from enstack_lightning.checkpoint import Options, Verdict, find_last_good, verif
 from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.errors import CheckpointSaveError
 from enstack_lightning.guard import saving
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, first_difference
+from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.comparing import first_difference
 from enstack_lightning.guard.saving import remove_leftovers, staging
 
 DIGESTS = Options(digests=True)
