@@ -218,7 +218,11 @@ PASSES: dict[str, tuple[str, Damage, dict[str, Any]]] = {
 }
 """Rules that only ever pass: the real checkpoint on which they do, and a fault after which they are silent."""
 
-ELSEWHERE = {"CK100": "tests/faults and test_rules.py: nothing that a real library writes brings it about"}
+_LIVE = "tests/guard/test_after_loading.py: it judges a live run"
+ELSEWHERE = {
+    "CK100": "tests/faults and test_rules.py: nothing that a real library writes brings it about",
+    **{f"CK91{n}": _LIVE for n in range(6)},
+}
 
 
 class OneCycle(TinyModule):

@@ -318,8 +318,12 @@ def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
     Where the optimizer knows its parameters' names, each is compared with the weight of its name; else its shape must
     occur among the weights', since the order of parameters is not in the file. Entries in other shapes by design are
     left alone (the rows and columns of Adafactor, the blocks of 8-bit optimizers), and so is an optimizer whose moments
-    are all flat, as sharded training keeps them. torch notices a wrong shape at the first step, or never.
+    are all flat, as sharded training keeps them. torch notices a wrong shape at the first step, or never. In a live run
+    each moment is compared with the parameter that it belongs to.
     """
+    if facts.live:
+        yield from _moments_of_a_live_run(facts)
+        return
     if not facts.tensors or facts.defects:
         return
     by_name = {t.name: t.shape for t in facts.tensors}
@@ -349,6 +353,28 @@ def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
             )
         elif compared:
             yield passed(f"optimizer {number}: {many(compared, 'moment')} in the shapes of weights")
+
+
+def _moments_of_a_live_run(facts: Facts) -> Iterator[Outcome]:
+    for number, optimizer in enumerate(facts.optimizers or ()):
+        compared = [
+            (parameter, entry, shape)
+            for parameter, entries in optimizer.moments.items()
+            for entry, shape in entries.items()
+            if entry in _OF_WEIGHT_SHAPE and parameter in optimizer.shapes
+        ]
+        wrong = [(p, entry, shape) for p, entry, shape in compared if shape != optimizer.shapes[p]]
+        if wrong:
+            parameter, entry, shape = wrong[0]
+            yield error(
+                f"optimizer {number}: {entry} of {_listed(optimizer, [parameter])} has shape {_shape(shape)}, and the "
+                f"parameter {_shape(optimizer.shapes[parameter])} ({len(wrong):,} of {len(compared):,} moments do not "
+                "fit): the first step would raise RuntimeError",
+                "optimizer",
+                "The optimizer's parameters are in another order than when the run was saved, or of another model.",
+            )
+        elif compared:
+            yield passed(f"optimizer {number}: {many(len(compared), 'moment')} in the shapes of their parameters")
 
 
 def _is_flat(optimizer: OptimizerFacts, shapes: set[tuple[int, ...]]) -> bool:
@@ -513,7 +539,7 @@ def _half_of_adam(entries: Mapping[str, Any], optimizer: OptimizerFacts) -> bool
 
 def _listed(optimizer: OptimizerFacts, parameters: list[int | str]) -> str:
     """The first few parameters, by name where the optimizer knows their names."""
-    names: dict[int | str, str] = {}
+    names: dict[int | str, str] = dict(optimizer.names)
     for group in optimizer.groups:
         given = group.options.get("param_names")
         if isinstance(given, list) and len(given) == len(group.params):

@@ -46,7 +46,10 @@ def progress_out_of_range(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 
 def _beyond_the_epoch(facts: Facts) -> Iterator[Outcome]:
-    done, batches = facts.progress.batches_in_epoch, facts.batches_per_epoch
+    p = facts.progress
+    done, batches = p.batches_in_epoch, facts.batches_per_epoch
+    if facts.live and (p.epochs_begun or 0) <= (p.epochs_completed or 0):
+        return  # the count is that of the epoch before, of data that may have changed since
     if batches and done is not None and done > batches > 0:
         yield error(
             f"{done:,} batches of the epoch are done, and an epoch has {batches:,}",
@@ -95,7 +98,14 @@ def counters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
     yield from _steps_of_the_run(facts)
     if p.global_step is None or p.recorded_global_step is None:
         return
-    if p.global_step != p.recorded_global_step:
+    if facts.live and p.global_step != p.recorded_global_step:
+        yield error(
+            f"the run's global_step is {p.recorded_global_step:,}, and {p.global_step:,} optimizer steps are counted",
+            "global_step",
+            "Automatic and manual optimization count in two places: Lightning begins again at 0 where a run changes "
+            "from one to the other. Go on as the run was saved, or begin a new run from the checkpoint's weights.",
+        )
+    elif p.global_step != p.recorded_global_step:
         yield error(
             f"the entry global_step says {p.recorded_global_step:,} and the loop counters say {p.global_step:,}",
             "global_step",
@@ -174,7 +184,7 @@ def interrupted_step(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "loops",
                 "Prefer a checkpoint that was saved between two steps.",
             )
-    plan, accumulation = plan_resume(facts), facts.run.accumulate_grad_batches
+    plan, accumulation = plan_resume(facts), (facts.saved or facts).run.accumulate_grad_batches
     if plan is not None and plan.kind == "mid-epoch" and accumulation and plan.step % accumulation:
         lost = plan.step % accumulation
         yield info(

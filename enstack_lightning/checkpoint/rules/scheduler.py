@@ -9,6 +9,7 @@ from itertools import islice
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
+from enstack_lightning.checkpoint.rules.overrides import trains_longer
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.schedule import same_rate
 from enstack_lightning.checkpoint.wording import many
@@ -254,14 +255,22 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
     """The restored learning rate differs from what the schedule gives at this step.
 
     By the live Trainer's schedule: the run that resumes has another schedule (length, warm-up, base rate) than the one
-    that saved. By the state's own entries, where torch's class has a closed form: `_last_lr` is not of this state. Most
-    classes multiply the rate that they find, so that a rate set by hand stays; there it is worth knowing and no
-    warning.
+    that saved; where max_epochs or max_steps were changed, that is worth knowing and no warning. By the state's own
+    entries, where torch's class has a closed form: `_last_lr` is not of this state. Most classes multiply the rate that
+    they find, so that a rate set by hand stays; there it is worth knowing and no warning.
     """
     alone = len(facts.schedulers or ()) <= max(1, len(facts.optimizers or ()))
     for scheduler in facts.schedulers or ():
         if scheduler.scheduled_lr and len(scheduler.scheduled_lr) == len(scheduler.last_lr):
             off = _first_difference(scheduler.last_lr, scheduler.scheduled_lr)
+            if off is not None and trains_longer(facts):
+                yield info(
+                    f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where a schedule of this "
+                    f"run's length gives {off[1]:.6e}",
+                    "scheduler",
+                    "Expected where the run's length was changed on purpose: the rate jumps there at the next step.",
+                )
+                continue
             if off is not None:
                 yield warning(
                     f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where this run's schedule "
