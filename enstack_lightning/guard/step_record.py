@@ -9,15 +9,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from blake3 import blake3
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from enstack_lightning.errors import CheckpointGuardError
+from enstack_lightning.guard.flavor import Callback, join_imported_flavors
 from enstack_lightning.guard.live import learning_rates
 from enstack_lightning.guard.rng import capture_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Moment = Literal["batch", "forward", "step", "save"]
 """Where a run ends itself: before a batch, after its forward pass, after its step, inside the next save."""
@@ -43,6 +46,7 @@ class StepRecord(Callback):
     """
 
     def __init__(self, path: str, kill_at: int | None = None, moment: Moment = "step") -> None:
+        join_imported_flavors()
         super().__init__()
         if kill_at is not None and kill_at < 1:
             raise CheckpointGuardError(f"kill_at is {kill_at} and must be 1 or more")
