@@ -25,12 +25,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from enstack_lightning.checkpoint import Options, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, failure_of, verify_checkpoint
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.guard.choice import Fallback, choose, choose_newest
+from enstack_lightning.guard.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42
@@ -141,8 +142,8 @@ class EnStackCLI(LightningCLI):
         """
         config = self.config[subcommand]
         folders = [config[name].dirpath or _folder_of_run(config) for name in _CHECKPOINTS]
-        options = _options_of(subcommand, config.checkpoint_guard)
-        newest = choose_newest(folders, lambda path: verify_checkpoint(path, options), config.checkpoint_guard.strict)
+        guard = config.checkpoint_guard
+        newest = choose_newest(folders, lambda path: _verified(path, subcommand, guard), guard.strict)
         if newest is not None:
             plan = f": {newest.resume.sentence}" if newest.resume is not None else ""
             rank_zero_info(f"ckpt_path auto   {newest.path}{plan}")
@@ -235,18 +236,23 @@ def _verified_entries(path: str, subcommand: str, guard: Any) -> Mapping[str, An
     Raises:
         CheckpointError: The checkpoint has errors.
     """
-    options = _options_of(subcommand, guard)
     fallback: Fallback = guard.fallback if subcommand == "fit" else "none"
     if fallback == "none":
-        report = verify_checkpoint(path, options)
+        report = _verified(path, subcommand, guard)
         if not report.accepted(strict=False):
             raise failure_of(report)
     else:  # the guard will come to the same choice, and set aside what is damaged
-        path = choose(path, lambda p: verify_checkpoint(p, options), fallback, guard.strict).path
+        path = choose(path, lambda p: _verified(p, subcommand, guard), fallback, guard.strict).path
     if not Path(path).is_file():
         raise CheckpointError(f"checkpoint {path} is a folder; resume from a Lightning .ckpt file")
     entries: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return entries
+
+
+def _verified(path: str, subcommand: str, guard: Any) -> Report:
+    """The report on a checkpoint as the guard will judge it before it is loaded."""
+    report = verify_checkpoint(path, _options_of(subcommand, guard))
+    return awaiting_repair(report) if guard.repair and subcommand == "fit" else report
 
 
 def _options_of(subcommand: str, guard: Any) -> Options:

@@ -28,6 +28,13 @@ from enstack_lightning.guard.loading import (
     stop_guarding_loading,
 )
 from enstack_lightning.guard.renamed import forget_renamed
+from enstack_lightning.guard.repair import (
+    Repair,
+    awaiting_repair,
+    judged_after_repair,
+    repair_checkpoint,
+    repair_trainer,
+)
 from enstack_lightning.guard.resume_report import resume_lines
 from enstack_lightning.guard.rng import capture_random_state, restore_random_state
 
@@ -64,9 +71,14 @@ class CheckpointGuard(Callback):
             the newest good checkpoint of the same folder is loaded, and what is damaged is renamed to `*.corrupt`;
             a warning says which, why, and how many steps that costs. Evaluation never falls back: its figures would be
             those of other weights.
+        repair: set right after loading what follows from the rest of the checkpoint, and log each change with the
+            numbers before and after: a scheduler without state is fast-forwarded, a learning rate that was not restored
+            is set to the schedule's, counters that are missing altogether are put back at an epoch's end. An optimizer
+            without its moments trains on with fresh ones, which is a warning. What cannot be proven is left and said.
 
     Attributes:
         report: the report on the last checkpoint judged; None before the first.
+        repairs: what `repair` changed or left at the last resume.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -82,6 +94,7 @@ class CheckpointGuard(Callback):
         deep: bool | Literal["manifest"] = "manifest",
         verify_after_save: bool = False,
         fallback: Fallback = "none",
+        repair: bool = False,
     ) -> None:
         join_imported_flavors()
         super().__init__()
@@ -97,7 +110,9 @@ class CheckpointGuard(Callback):
         self.verify_after_save = verify_after_save
         self._checkpoint_io: GuardedCheckpointIO | None = None
         self.fallback: Fallback = fallback
+        self.repair = repair
         self.report: Report | None = None
+        self.repairs: tuple[Repair, ...] = ()
         self._options = Options(
             tolerance=step_tolerance,
             deep=deep is True,
@@ -117,6 +132,7 @@ class CheckpointGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = None
         self._random_state = None
+        self.repairs = ()
         self._checkpoint_io = guard_checkpoint_io(
             trainer.strategy, lambda path: self._verify_file(trainer, path), self._options, self.verify_after_save
         )
@@ -144,7 +160,7 @@ class CheckpointGuard(Callback):
         self.report = decision.report or self.report
 
     def _verify(self, trainer: Trainer, path: str) -> Report:
-        return verify_checkpoint(path, self._options_for(trainer))
+        return self._before_repair(trainer, verify_checkpoint(path, self._options_for(trainer)))
 
     def _verify_file(self, trainer: Trainer, path: str) -> None:
         """For what is loaded past the Trainer's own way, by another callback or a plugin."""
@@ -164,7 +180,11 @@ class CheckpointGuard(Callback):
             loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
         else:
             loaded = loaded_facts(checkpoint, path)
-            self._stop_if_refused(report_on(lambda: loaded, path, self._options_for(trainer)))
+            if self.repair and trainer.state.fn == FITTING:
+                self.repairs = repair_checkpoint(checkpoint, trainer, loaded)
+                loaded = loaded_facts(checkpoint, path) if self.repairs else loaded
+            report = report_on(lambda: loaded, path, self._options_for(trainer))
+            self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
         if trainer.state.fn == FITTING:
             self._loaded = loaded
@@ -181,7 +201,12 @@ class CheckpointGuard(Callback):
         if self._loaded is None:
             return
         path, loaded = str(trainer.ckpt_path), self._loaded
-        self.report = report_on(lambda: trainer_facts(trainer, path, loaded), path, self._options)
+        if self.repair:
+            self.repairs += repair_trainer(trainer, loaded, trainer_facts(trainer, path, loaded))
+            for repair in self.repairs:
+                rank_zero_info(str(repair))
+        report = report_on(lambda: trainer_facts(trainer, path, loaded), path, self._options)
+        self.report = judged_after_repair(report, self.repairs)
         for line in resume_lines(self.report, self._configured_lrs, learning_rates(trainer)):
             rank_zero_info(line)
         self._stop_if_refused(self.report)
@@ -215,6 +240,9 @@ class CheckpointGuard(Callback):
     def _options_for(self, trainer: Trainer) -> Options:
         fitting = trainer.state.fn == FITTING
         return self._options if fitting else dataclasses.replace(self._options, purpose="inference")
+
+    def _before_repair(self, trainer: Trainer, report: Report) -> Report:
+        return awaiting_repair(report) if self.repair and trainer.state.fn == FITTING else report
 
     def _stop_if_refused(self, report: Report) -> None:
         if not report.accepted(self.strict):

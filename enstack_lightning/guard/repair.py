@@ -65,7 +65,7 @@ def awaiting_repair(report: Report) -> Report:
 def _awaited(finding: Finding, facts: Facts) -> Finding:
     if finding.severity is Severity.WARNING and finding.code in _LET_THROUGH:
         return dataclasses.replace(finding, severity=Severity.INFO)
-    if finding.severity is not Severity.ERROR or facts.format not in (Format.LIGHTNING, Format.SHARDED):
+    if finding.severity is not Severity.ERROR or facts.format is not Format.LIGHTNING:
         return finding
     if finding.code == "CK402" and all(o.groups for o in facts.optimizers or ()):
         return _without_its_state(finding)
@@ -195,7 +195,7 @@ def _forwarded(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> 
     steps, reckoning = _proven_position(live)
     if position_of(scheduler) != 0:
         raise CannotForwardError(f"something else has set it forward already, expected {steps:,}")
-    restored = _has_groups(loaded)
+    restored = _has_rates(trainer, loaded)
     _check_base_rates(scheduler, optimizer)
     forwarded = fast_forward(scheduler, steps)
     own = _floats(group["lr"] for group in optimizer.param_groups)
@@ -233,8 +233,9 @@ def _rate_set(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> s
             f"where it should be: {steps:,} = {reckoning}"
         )
     _check_base_rates(scheduler, optimizer)
-    scheduled = _at_its_position(scheduler, _has_groups(loaded))
-    if scheduled is None and _has_groups(loaded):
+    restored = _has_rates(trainer, loaded)
+    scheduled = _at_its_position(scheduler, restored)
+    if scheduled is None and restored:
         raise CannotForwardError(
             f"the optimizer's rate is {_shown(own)} and its scheduler set {_shown(last)}; the schedule reckons each "
             "rate from the one before, so that nothing tells which of them is right"
@@ -244,7 +245,7 @@ def _rate_set(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> s
             f"the optimizer's rate is {_shown(own)}, its scheduler set {_shown(last)}, and this run's schedule gives "
             f"{_shown(scheduled.rates)}"
         )
-    if scheduled is not None and not _has_groups(loaded):
+    if scheduled is not None and not restored:
         _set(optimizer, scheduled)  # momentum too, where the schedule drives it
     for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
         _set_entry(group, "lr", rate)
@@ -303,9 +304,10 @@ def _check_base_rates(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
         raise CannotForwardError(f"its base rate is {_shown(base)}, and that of the optimizer {_shown(initial)}")
 
 
-def _has_groups(loaded: Facts) -> bool:
+def _has_rates(trainer: Trainer, loaded: Facts) -> bool:
     """Whether the optimizer's param groups, and with them its rates, are from the checkpoint."""
-    return any(o.groups for o in loaded.optimizers or ())
+    by_strategy = not trainer.strategy.lightning_restore_optimizer  # which restores it from files of its own
+    return by_strategy or any(o.groups for o in loaded.optimizers or ())
 
 
 def _set(optimizer: torch.optim.Optimizer, forwarded: Forwarded) -> None:

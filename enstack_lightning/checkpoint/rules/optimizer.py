@@ -207,7 +207,9 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
     say = warning if scales_losses(facts) and done <= SCALED_DOWN else error
     if not facts.optimizers and done:
         yield error(
-            f"no optimizer state after {done:,} steps: training would go on with a fresh optimizer", "optimizer"
+            f"no optimizer state after {done:,} steps: training would go on with a fresh optimizer",
+            "optimizer",
+            "Use another checkpoint of this run; CheckpointGuard(repair=True) trains on with fresh moments.",
         )
     for number, optimizer in enumerate(facts.optimizers):
         if not optimizer.groups and not optimizer.parameters_with_state:

@@ -26,7 +26,7 @@ _COMES_BACK = {
 }
 _DISAGREES = (
     "Expected if a callback or optimizer_step sets the rate by hand; else use a checkpoint in which both agree: the "
-    "scheduler goes on from one of them at its next step."
+    "scheduler goes on from one of them at its next step. CheckpointGuard(repair=True) sets the rate to the schedule's."
 )
 
 
@@ -54,7 +54,8 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
             f"the loop counted {many(stepped, 'step')} of schedulers, and the checkpoint has none: a resume would "
             "begin the schedule anew",
             "scheduler",
-            "Expected if the run went on without the schedule that it began with; else use another checkpoint.",
+            "Expected if the run went on without the schedule that it began with; else use another checkpoint, or set "
+            "the scheduler forward with CheckpointGuard(repair=True).",
         )
     if not schedulers or any(s.last_epoch is None or s.kind == "SWALR" for s in schedulers):
         return  # the schedule of stochastic weight averaging takes over late, with a position of its own
@@ -92,7 +93,8 @@ def _off_position(message: str) -> Outcome:
     return warning(
         f"{message}: the learning rate is that of another step",
         "scheduler",
-        "Use another checkpoint of this run, or set the scheduler forward before training.",
+        "Use another checkpoint of this run, or set the scheduler forward before training, as "
+        "CheckpointGuard(repair=True) does where the checkpoint has no state of it.",
     )
 
 
