@@ -30,7 +30,7 @@ def first_difference(saved: object, loaded: object, where: str = "checkpoint") -
 
 
 def _equal(saved: torch.Tensor, loaded: torch.Tensor) -> bool:
-    a, b = saved.detach().cpu(), loaded.detach().cpu()
+    a, b = (t.detach().cpu().resolve_conj().resolve_neg() for t in (saved, loaded))
     if a.layout is not torch.strided or a.is_quantized:
         return bool((a.to_dense() == b.to_dense()).all()) if a.layout is not torch.strided else torch.equal(a, b)
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from enstack_lightning.checkpoint.manifest import ManifestEntry, digest_files
+from enstack_lightning.checkpoint.manifest import ManifestEntry, digest_files, manifest_path
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.flavor import is_a, lightning_base, rank_zero_warn
 from enstack_lightning.guard.saving import digest_on_disk, local_path, staging, sync
@@ -57,12 +57,14 @@ class ShardedSaves:
         target = local_path(self.strategy.broadcast(filepath))
         if target is None or storage_options is not None:
             self._as_ever(checkpoint, filepath, storage_options)
-        elif writes_folders(self.strategy):
-            self._save(checkpoint, target)
+            return
+        together = _Together(self.strategy, lambda why: self.guarded.what_stands(target, why))
+        if writes_folders(self.strategy):
+            self._save(checkpoint, target, together)
         elif (target / "meta.pt").is_file():
-            self._save_one_file(checkpoint, target)
+            together(lambda: self._save_one_file(checkpoint, target))
         else:
-            self._as_ever(checkpoint, target)
+            together(lambda: self._as_ever(checkpoint, target))
 
     def _as_ever(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         type(self.strategy).save_checkpoint(self.strategy, checkpoint, path, storage_options)
@@ -72,11 +74,10 @@ class ShardedSaves:
         own = next(filter(None, (lightning_base(self.strategy, name) for name in _SWITCHED)))
         super(own, self.strategy).save_checkpoint(checkpoint, target)  # type: ignore[misc]
 
-    def _save(self, checkpoint: dict[str, Any], target: Path) -> None:
+    def _save(self, checkpoint: dict[str, Any], target: Path, together: _Together) -> None:
         first = self.strategy.is_global_zero
         if first:
             self.guarded.remove_leftovers(target.parent)
-        together = _Together(self.strategy, lambda why: self.guarded.what_stands(target, why))
         with contextlib.ExitStack() as on_rank_zero:
             staged = Path(together(lambda: str(on_rank_zero.enter_context(staging(target))) if first else "")[0])
             if not all(together(staged.parent.is_dir)):
@@ -84,6 +85,7 @@ class ShardedSaves:
                     f"CheckpointGuard: not every rank sees {target.parent} as rank 0 does, so {target} is written in "
                     "place and without a manifest. Save to a file system that all ranks share"
                 )
+                manifest_path(target).unlink(missing_ok=True)
                 self._as_ever(checkpoint, target)
                 return
             together(lambda: self._as_ever(checkpoint, staged))
@@ -156,7 +158,7 @@ class _Together:
         try:
             of_all = _gathered((result, failures))
         except RuntimeError as e:
-            raise CheckpointSaveError(self.explain(f"another rank has ended ({e})")) from cause or e
+            raise CheckpointSaveError(self.explain("another rank has ended or does not answer")) from cause or e
         failed = {rank: failure for _, of_rank in of_all for rank, failure in of_rank.items()}
         if failed:
             said = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in sorted(failed.items()))
@@ -179,7 +181,7 @@ def _failures(e: BaseException, rank: int) -> dict[int, tuple[str, int | None]]:
 def _why(e: BaseException) -> tuple[str, int | None]:
     if isinstance(e, OSError) and e.strerror:
         return f"{e.strerror} (errno {e.errno})", e.errno
-    return (str(e).strip().splitlines() or [type(e).__name__])[0], None
+    return (str(e).strip().splitlines() or [type(e).__name__])[0], getattr(e, "errno", None)
 
 
 def _gathered(mine: T) -> list[T]:

@@ -1,0 +1,168 @@
+"""Saves in the background: what is saved is what was there when the save was asked for, and memory is used again."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import torch
+from builders import TinyModule, quiet_trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from torch import Tensor
+
+from enstack_lightning import CheckpointGuard
+from enstack_lightning.guard.background import SnapshotMemory
+from enstack_lightning.guard.comparing import first_difference
+
+WIDE = 1500
+
+
+class Wide(TinyModule):
+    """Large enough for its tensors to be copied into kept memory; two of them are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = torch.nn.Linear(WIDE, 2)
+        self.tied = torch.nn.Linear(WIDE, 2)
+        self.tied.weight = self.wide.weight
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        row: Tensor = super().training_step(batch)
+        return row + self.wide.weight.square().sum()
+
+
+class KeepsWhatIsSaved(Callback):
+    def __init__(self) -> None:
+        self.saved: list[Tensor] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.saved.append(checkpoint["state_dict"]["wide.weight"].clone())
+
+
+def test_each_save_is_of_its_own_step_whatever_waits_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    save = torch.save
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        gate.wait(20)
+        save(*args, **kwargs)
+
+    class Opens(Callback):
+        def on_train_end(self, *args: Any) -> None:
+            gate.set()
+
+    monkeypatch.setattr(torch, "save", late)
+    keeps = KeepsWhatIsSaved()
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = quiet_trainer(
+        tmp_path, CheckpointGuard(), keeps, saves, Opens(), max_epochs=1, plugins=[AsyncCheckpointIO()]
+    )
+    trainer.fit(Wide())
+    assert len(keeps.saved) == 5
+    for step, weight in enumerate(keeps.saved, start=1):
+        loaded = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert torch.equal(loaded["state_dict"]["wide.weight"], weight)
+        assert loaded["global_step"] == step
+    assert not torch.equal(keeps.saved[0], keeps.saved[1])
+
+
+def test_in_the_background_the_same_is_written_as_in_the_foreground(tmp_path: Path) -> None:
+    for name, plugins in {"a.ckpt": [], "b.ckpt": [AsyncCheckpointIO()]}.items():
+        torch.manual_seed(3)
+        trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=1, plugins=plugins)
+        trainer.fit(Wide())
+        trainer.save_checkpoint(tmp_path / name)
+        trainer.strategy.checkpoint_io.teardown()
+    one, other = (torch.load(tmp_path / name, weights_only=False) for name in ("a.ckpt", "b.ckpt"))
+    for state in (one, other):
+        state["callbacks"].clear()  # the random state
+    assert first_difference(one, other) == ""
+    weights = other["state_dict"]
+    assert weights["wide.weight"].data_ptr() == weights["tied.weight"].data_ptr()
+    sizes = [
+        sorted(r.file_size for r in ZipFile(tmp_path / name).infolist() if "/data/" in r.filename)
+        for name in ("a.ckpt", "b.ckpt")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    grid = torch.randn(64, 64)
+    return {
+        "plain": grid,
+        "parameter": torch.nn.Parameter(torch.randn(5000)),
+        "half": torch.randn(5000).bfloat16(),
+        "complex": torch.randn(5000, dtype=torch.complex64),
+        "conjugate": torch.randn(5000, dtype=torch.complex64).conj(),
+        "bool": torch.randn(5000) > 0,
+        "a part": torch.randn(10_000)[17:5017],
+        "transposed": grid.t(),
+        "channels last": torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last),
+        "strided": torch.randn(10_000)[::2],
+        "expanded": torch.randn(1, 1).expand(64, 64),
+        "sparse": torch.eye(64).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.randn(5000), 0.1, 0, torch.qint8),
+        "a number": torch.tensor(3.0),
+        "empty": torch.empty(0),
+    }
+
+
+@pytest.mark.parametrize("name", tensors())
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
+def test_a_snapshot_is_a_copy_of_each_kind_of_tensor(name: str, tmp_path: Path) -> None:
+    checkpoint = {"tensor": tensors()[name]}
+    snapshot = SnapshotMemory().snapshot(checkpoint)
+    copy = snapshot.checkpoint["tensor"]
+    assert copy.dtype == checkpoint["tensor"].dtype
+    assert not copy.requires_grad
+    if copy.numel() and copy.layout is torch.strided:
+        assert copy.data_ptr() != checkpoint["tensor"].data_ptr()
+    torch.save(snapshot.checkpoint, tmp_path / "copy.pt")
+    assert first_difference(checkpoint, torch.load(tmp_path / "copy.pt")) == ""
+    assert (tmp_path / "copy.pt").stat().st_size < 60_000
+
+
+def test_memory_is_used_again_once_it_is_given_back() -> None:
+    memory = SnapshotMemory()
+    checkpoint = {"a": torch.ones(5000), "b": [torch.zeros(3000)]}
+    first, second = memory.snapshot(checkpoint), memory.snapshot(checkpoint)
+    places = [s.checkpoint["a"].data_ptr() for s in (first, second)]
+    assert len(set(places)) == 2
+    first.release()
+    assert memory.snapshot(checkpoint).checkpoint["a"].data_ptr() == places[0]
+    second.release()
+    smaller = memory.snapshot({"a": torch.full((4000,), 7.0)})
+    assert smaller.checkpoint["a"].data_ptr() == places[1]
+    assert smaller.checkpoint["a"].unique().tolist() == [7.0]
+    larger = memory.snapshot({"a": torch.ones(100_000)})
+    larger.release()
+    assert memory.snapshot(checkpoint).checkpoint["a"].tolist() == checkpoint["a"].tolist()
+    memory.let_go()
+    assert memory._idle is None
+
+
+class Keeping(TorchCheckpointIO):
+    """Keeps what it is given, so that memory must not be used again under its hands."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Any]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.kept.append(checkpoint)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_a_checkpoint_io_that_keeps_checkpoints_gets_them_for_good(tmp_path: Path) -> None:
+    keeping, keeps = Keeping(), KeepsWhatIsSaved()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    plugins = [AsyncCheckpointIO(keeping)]
+    quiet_trainer(tmp_path, CheckpointGuard(), keeps, saves, max_epochs=1, plugins=plugins).fit(Wide())
+    assert len(keeping.kept) == 5
+    for checkpoint, weight in zip(keeping.kept, keeps.saved, strict=True):
+        assert torch.equal(checkpoint["state_dict"]["wide.weight"], weight)
