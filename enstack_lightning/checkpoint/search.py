@@ -23,6 +23,11 @@ SEARCH_DEPTH = 5
 """How many folders deep checkpoints are looked for."""
 CORRUPT_SUFFIX = ".corrupt"
 """Set aside as unusable: such a name is that of no checkpoint any more."""
+UNVERIFIED_SUFFIX = ".unverified"
+"""What was saved, does not verify, and would have taken the place of the last checkpoint that did."""
+NONFINITE_SUFFIX = ".nonfinite"
+"""What was saved of a run whose weights were not finite any more."""
+SET_ASIDE_SUFFIXES = (CORRUPT_SUFFIX, UNVERIFIED_SUFFIX, NONFINITE_SUFFIX)
 
 
 def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path | str]:
@@ -30,7 +35,8 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path | str]:
 
     Found are `.ckpt` files and folders, EnStack folders, folders of the Hugging Face Trainer and sharded ones. The
     order is that of the paths, with numbers in names counted as numbers: `step=2` comes before `step=10`. Hidden and
-    temporary names and those that end with `.corrupt` are passed over. Links are not followed into other folders; a
+    temporary names and those that were set
+    aside (`.corrupt`, `.unverified`, `.nonfinite`) are passed over. Links are not followed into other folders; a
     link to a checkpoint that is listed itself is left out.
 
     Example:
@@ -128,7 +134,7 @@ def _entries(folder: Location) -> list[tuple[str, bool]]:
 
 
 def _is_set_aside(name: str) -> bool:
-    return name.endswith(CORRUPT_SUFFIX) or is_unfinished(name)
+    return name.endswith(SET_ASIDE_SUFFIXES) or is_unfinished(name)
 
 
 def _is_listed_elsewhere(place: Location, root: Location) -> bool:

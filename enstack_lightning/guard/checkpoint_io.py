@@ -16,6 +16,7 @@ from enstack_lightning.checkpoint import Options, Severity
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest import ManifestEntry
+from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, UNVERIFIED_SUFFIX
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.background import BackgroundSaves, Snapshot, SnapshotMemory
 from enstack_lightning.guard.comparing import first_difference
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
 
-UNVERIFIED_SUFFIX = ".unverified"
-"""What was saved, does not verify, and would have taken the place of the last checkpoint that did."""
+PlaceFor = Callable[[Mapping[str, Any], str | Path], str | Path]
+"""Where to save a checkpoint that was to stand at a path."""
 
 
 class GuardedCheckpointIO(CheckpointIO):
@@ -86,6 +87,7 @@ class GuardedCheckpointIO(CheckpointIO):
         self.verify = verify
         self.verify_after_save = verify_after_save
         self.retention = Retention(options or Options())
+        self.place_for: PlaceFor = _as_asked
         self._cleaned: set[Path] = set()
         self._warned = False
 
@@ -100,6 +102,7 @@ class GuardedCheckpointIO(CheckpointIO):
             finally:
                 checkpoint.release()
             return
+        asked, path = path, self.place_for(checkpoint, path)
         target = local_path(path)
         try:
             if target is not None:
@@ -111,7 +114,7 @@ class GuardedCheckpointIO(CheckpointIO):
                 place, level = str(path), self.retention.level(str(path))[0]
             self.release(place, level)
         finally:
-            self.retention.settle(_name(path))
+            self.retention.settle(_name(asked))
 
     def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, int]:
         """Saves; returns where the checkpoint stands now, and how good it is."""
@@ -195,7 +198,7 @@ class GuardedCheckpointIO(CheckpointIO):
     def _judged(self, staged: Path, target: Path) -> tuple[Path, int]:
         """Where to put a checkpoint, and how good it is: not over the last one that verified, unless it does too."""
         level, report = self.retention.level(str(staged))
-        if level > BAD:
+        if level > BAD or target.name.endswith(NONFINITE_SUFFIX):
             return target, level
         said = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.ERROR))
         if os.path.lexists(target) and not target.is_symlink() and self.retention.is_last_good(str(target)):
@@ -326,6 +329,10 @@ def remove_all_leftovers(trainer: Trainer, guarded: GuardedCheckpointIO) -> None
         folder = local_path(callback.dirpath) if is_model_checkpoint(callback) and callback.dirpath else None
         if folder is not None:
             guarded.remove_leftovers(folder)
+
+
+def _as_asked(checkpoint: Mapping[str, Any], path: str | Path) -> str | Path:
+    return path
 
 
 def _name(path: str | os.PathLike[str]) -> str:

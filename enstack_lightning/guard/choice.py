@@ -17,7 +17,7 @@ from enstack_lightning.checkpoint import Report, Severity, Verdict, failure_of, 
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, locate
 from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX, ManifestDefectError, read_manifest
 from enstack_lightning.checkpoint.readers.content import is_unfinished
-from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, natural_order
+from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, SET_ASIDE_SUFFIXES, natural_order
 from enstack_lightning.checkpoint.source import object_store
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
 
@@ -150,7 +150,7 @@ def _names(folder: Location) -> tuple[str, ...]:
 
 
 def _is_set_aside(name: str) -> bool:
-    return name.endswith(CORRUPT_SUFFIX)
+    return name.endswith(SET_ASIDE_SUFFIXES)
 
 
 def _parent(place: Location) -> Location:

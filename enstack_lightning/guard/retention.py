@@ -14,6 +14,7 @@ from pathlib import Path
 
 from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
+from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX
 from enstack_lightning.guard.saving import same_file
 
 Judge = Callable[[str, Options], Report]
@@ -64,6 +65,8 @@ class Retention:
     def level(self, path: str) -> tuple[int, Report]:
         """How good the checkpoint at `path` is, and the report that says why."""
         report = self._judge(path, self._options)
+        if path.endswith(NONFINITE_SUFFIX):
+            return BAD, report
         if report.verdict is not Verdict.FAIL and report.resume is not None and report.resume.kind != "not-resumable":
             return RESUMABLE, report
         for_inference = self._judge(path, dataclasses.replace(self._options, purpose="inference"))
