@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from enstack_lightning.checkpoint.deep import Progress
 from enstack_lightning.checkpoint.facts import DefectKind, ManifestFacts
@@ -41,6 +41,9 @@ from enstack_lightning.checkpoint.location import LocalLocation, Location, Remot
 from enstack_lightning.checkpoint.readers.json_file import parse_json
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    from blake3 import blake3
 
 FOLDER_MANIFEST = "checkpoint.manifest.json"
 MANIFEST_SUFFIX = ".manifest.json"
@@ -53,6 +56,8 @@ MAX_DIFFERENCES = 20
 BLOCK_BYTES = 4 * 2**20
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_threads_of: int | None = None
+"""The process that blake3 has started its threads in."""
 _TEMPORARY = re.compile(r"\..*\.manifest\.json\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
@@ -332,9 +337,7 @@ def _check_parents(path: Path, folder: Path) -> None:
 # Digests
 
 
-def _digests(
-    location: Location, progress: Progress | None, wanted: Callable[[str], bool]
-) -> tuple[ManifestEntry, ...]:
+def _digests(location: Location, progress: Progress | None, wanted: Callable[[str], bool]) -> tuple[ManifestEntry, ...]:
     files = ((name, file) for name, file in _files(location) if wanted(name))
     return tuple(_digest(name, file, location, progress) for name, file in files)
 
@@ -350,10 +353,23 @@ def _digest(name: str, file: Location, location: Location, progress: Progress | 
         raise _UnfitError(f"{name}: {e}") from e
 
 
-def _digest_of(file: Location, progress: Progress | None) -> str:
+def hasher_on_all_cores() -> blake3:
+    """A BLAKE3 hasher on all cores; on one in a child forked from a process that had used the others.
+
+    The threads of blake3 live as long as their process and do not come along into a fork: the child would wait for
+    them forever.
+    """
+    global _threads_of
     from blake3 import blake3
 
-    hasher = blake3(max_threads=blake3.AUTO)
+    if _threads_of not in (None, os.getpid()):
+        return blake3()
+    _threads_of = os.getpid()
+    return blake3(max_threads=blake3.AUTO)
+
+
+def _digest_of(file: Location, progress: Progress | None) -> str:
+    hasher = hasher_on_all_cores()
     try:
         with file.open() as source:
             for block in _blocks(source):

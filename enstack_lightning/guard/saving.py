@@ -26,7 +26,7 @@ from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from enstack_lightning.checkpoint.location import is_url
-from enstack_lightning.checkpoint.manifest import ManifestEntry
+from enstack_lightning.checkpoint.manifest import ManifestEntry, hasher_on_all_cores
 
 LEFTOVER_SECONDS = 24 * 3600
 """After so long without a change, what another host has left is taken for a leftover."""
@@ -157,7 +157,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def digest_on_disk(path: Path) -> str:
     """The BLAKE3 digest of a file's bytes, read from the disk where the system lets go of its copy in memory."""
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = hasher_on_all_cores()
     fd = os.open(path, os.O_RDONLY)
     try:
         if hasattr(os, "posix_fadvise"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from builders import enstack_folder
+from killing import run_child
 
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.facts import ManifestFacts
@@ -339,3 +340,16 @@ def test_a_report_says_what_differs(tmp_path: Path) -> None:
     assert {f.code for f in report.findings if f.severity == "error"} == {"CK801"}
     manifest_path(folder).write_text("{}")
     assert "CK802" in {f.code for f in verify_checkpoint(folder).findings}
+
+
+def test_a_fork_of_a_process_that_took_digests_takes_digests(tmp_path: Path) -> None:
+    """The threads that help with a digest stay in the parent: a child that waits for them waits forever."""
+    (tmp_path / "c.pt").write_bytes(os.urandom(2**20))
+    written = write_manifest(tmp_path / "c.pt").read_bytes()
+
+    def in_child(tell: Callable[[str], None]) -> None:
+        write_manifest(tmp_path / "c.pt")
+        tell("written")
+
+    assert run_child(in_child, limit_seconds=20).said == ("written", "done")
+    assert json.loads(written)["files"] == json.loads(manifest_path(tmp_path / "c.pt").read_bytes())["files"]
