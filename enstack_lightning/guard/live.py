@@ -3,20 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from enstack_lightning.checkpoint.facts import Facts, Format, RunFacts, SchedulerFacts
+from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, RunFacts, SchedulerFacts
 from enstack_lightning.checkpoint.readers.lightning import lightning_facts, progress_facts
-from enstack_lightning.checkpoint.readers.states import optimizer_of, scheduler_of
-from enstack_lightning.guard.flavor import lightning_version
+from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
+from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
+from enstack_lightning.guard.flavor import is_a, lightning_version
+from enstack_lightning.guard.training_data import training_data
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+MAX_RECORDED_GROUPS = 200
+"""Of an optimizer with more param groups than this the options are not recorded."""
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What the optimizers and schedulers of a run were made with, taken before a checkpoint is restored into them.
+
+    Attributes:
+        optimizers: the options of each optimizer's param groups.
+        schedulers: what no step of a scheduler changes, one a scheduler.
+        learning_rates: of every param group of every optimizer.
+    """
+
+    optimizers: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    schedulers: tuple[Mapping[str, Any], ...] = ()
+    learning_rates: tuple[float, ...] = ()
+
+
+def configured(trainer: Trainer) -> Configured:
+    """What a Trainer's optimizers and schedulers are made with (at `on_fit_start`)."""
+    return Configured(
+        tuple(_group_options(optimizer) for optimizer in trainer.optimizers),
+        tuple(schedule_options(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs),
+        learning_rates(trainer),
+    )
+
+
+def _group_options(optimizer: torch.optim.Optimizer) -> tuple[Mapping[str, Any], ...]:
+    if len(optimizer.param_groups) > MAX_RECORDED_GROUPS:
+        return ()
+    return tuple(
+        {
+            name: plain(value if (number := _scalar(value)) is None else number)
+            for name, value in group.items()
+            if name not in ("params", "param_names") and not (isinstance(value, torch.Tensor) and value.numel() != 1)
+        }
+        for group in optimizer.param_groups
+    )
 
 
 def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
@@ -24,32 +70,43 @@ def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
     return lightning_facts(checkpoint, path, _scalar)
 
 
-def trainer_facts(trainer: Trainer, path: str, loaded: Facts) -> Facts:
+def trainer_facts(trainer: Trainer, path: str, loaded: Facts, given: Configured | None = None) -> Facts:
     """Facts of a Trainer whose loops, optimizers and schedulers are restored (from `on_train_start` on).
 
     Args:
-        loaded: the facts of the checkpoint it was restored from, for what a Trainer does not show.
+        loaded: the facts of the checkpoint it was restored from, with which the rules compare these.
+        given: what optimizers and schedulers were made with before they were restored.
     """
-    run = run_of(trainer)
+    run = run_of(trainer, given)
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
+    module = trainer.lightning_module
     return Facts(
         path,
         Format.LIGHTNING,
         fields=loaded.fields,
         progress=dataclasses.replace(progress, batches_per_epoch=run.batches_per_epoch),
-        optimizers=tuple(optimizer_of(o.state_dict(), _scalar) for o in trainer.optimizers),
+        optimizers=tuple(_optimizer(trainer, o) for o in trainer.optimizers),
         schedulers=tuple(_scheduler(trainer, c.scheduler) for c in trainer.lr_scheduler_configs),
         run=run,
+        hyper_parameters=_hyper_parameters(module),
+        data_hyper_parameters=_hyper_parameters(getattr(trainer, "datamodule", None)),
+        versions=versions(),
         loader_position=loaded.loader_position,
         live=True,
+        saved=loaded,
     )
 
 
-def run_of(trainer: Trainer) -> RunFacts:
-    """What the run is set to do; known in full once the training loader exists."""
-    batches = trainer.num_training_batches
+def run_of(trainer: Trainer, given: Configured | None = None) -> RunFacts:
+    """What the run is set to do; known in full once the training loader exists.
+
+    Nothing here makes that loader: `Trainer.estimated_stepping_batches` would, before its position is restored, which
+    is then lost (`RunFacts.total_steps` reckons the same).
+    """
+    batches, data = trainer.num_training_batches, training_data(trainer)
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
     return RunFacts(
         batches_per_epoch=int(batches) if math.isfinite(batches) and batches > 0 else None,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
@@ -59,7 +116,88 @@ def run_of(trainer: Trainer) -> RunFacts:
         precision=str(trainer.precision),
         scheduler_intervals=tuple(c.interval for c in trainer.lr_scheduler_configs),
         scheduler_frequencies=tuple(c.frequency for c in trainer.lr_scheduler_configs),
+        scheduler_kinds=tuple(type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs),
+        scheduler_options=given.schedulers if given else (),
+        optimizer_kinds=tuple(type(o).__name__ for o in trainer.optimizers),
+        optimizer_options=given.optimizers if given else (),
+        parameter_digests=_parameter_digests(trainer),
+        trainable_parameters=sum(1 for p in trainer.lightning_module.parameters() if p.requires_grad),
+        batch_size=data.batch_size,
+        dataset_rows=data.rows,
+        dataset_fingerprint=data.fingerprint,
+        seed=int(seed) if seed.isascii() and seed.isdigit() and len(seed) < 19 else None,
     )
+
+
+def settings_before_restoring(trainer: Trainer) -> dict[str, Any]:
+    """What a Trainer is set to do, as far as that is known while a checkpoint is loaded, in the form of a config."""
+    return {
+        "trainer": {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "devices": trainer.world_size,
+            "precision": str(trainer.precision),
+        }
+    }
+
+
+def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[str, Any]:
+    """The run as the guard records it in a checkpoint: only what `torch.load(weights_only=True)` allows.
+
+    What a restored state has overridden is recorded as it holds, and not as it was given, so that the next resume says
+    it again. Parameters are those of this moment: a callback may have unfrozen some.
+    """
+    held = loaded.run if loaded is not None else None
+    if held is not None and [len(o) for o in held.optimizer_options] == [len(o) for o in run.optimizer_options]:
+        run = dataclasses.replace(run, optimizer_options=held.optimizer_options)
+    if held is not None and held.scheduler_kinds == run.scheduler_kinds and held.scheduler_options:
+        run = dataclasses.replace(run, scheduler_options=held.scheduler_options)
+    if [len(o.param_groups) for o in trainer.optimizers] != [len(o) for o in run.optimizer_options]:
+        run = dataclasses.replace(run, optimizer_options=())  # groups that joined later were made by no configuration
+    run = dataclasses.replace(
+        run,
+        parameter_digests=_parameter_digests(trainer),
+        trainable_parameters=sum(1 for p in trainer.lightning_module.parameters() if p.requires_grad),
+    )
+    return {name: _listed(value) for name, value in vars(run).items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_listed(v) for v in value]
+    return {name: _listed(v) for name, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _hyper_parameters(module: Any) -> Mapping[str, Any]:
+    hyper_parameters = getattr(module, "hparams", None)
+    return plain(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {}
+
+
+def _parameter_digests(trainer: Trainer) -> tuple[tuple[str, ...], ...]:
+    """Name and shape of every parameter in its place, as a few hexadecimal digits."""
+    if _flattens(trainer):
+        return ()
+    names = _parameter_names(trainer)
+    return tuple(
+        tuple("".join(_digits(p, names) for p in group["params"]) for group in optimizer.param_groups)
+        for optimizer in trainer.optimizers
+    )
+
+
+def _digits(parameter: torch.Tensor, names: Mapping[int, str]) -> str:
+    text = f"{names.get(id(parameter), '')} {tuple(parameter.shape)}"
+    return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
+
+
+def _parameter_names(trainer: Trainer) -> dict[int, str]:
+    named = trainer.lightning_module.named_parameters()
+    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named}
+
+
+def _flattens(trainer: Trainer) -> bool:
+    """Whether the strategy puts parameters of its own, of other shapes, in the place of the module's."""
+    return any(is_a(trainer.strategy, name) for name in ("FSDPStrategy", "DeepSpeedStrategy"))
 
 
 def versions() -> dict[str, str]:
@@ -89,20 +227,41 @@ def _counters(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+    state = optimizer.state_dict()
+    facts = optimizer_of(state, _scalar)
+    if _flattens(trainer):
+        return facts
+    known = _parameter_names(trainer)
+    names, shapes = {}, {}
+    for group, live in zip(facts.groups, optimizer.param_groups, strict=False):
+        for key, parameter in _paired(group.params, live["params"]):
+            names[key] = known.get(id(parameter), f"parameter {key}")
+            shapes[key] = tuple(parameter.shape)
+    return dataclasses.replace(facts, names=names, shapes=shapes)
+
+
+def _paired(keys: Sequence[int | str], parameters: Sequence[torch.Tensor]) -> list[tuple[int | str, torch.Tensor]]:
+    return list(zip(keys, parameters, strict=True)) if len(keys) == len(parameters) else []
+
+
 def _scheduler(trainer: Trainer, scheduler: Any) -> SchedulerFacts:
-    facts = scheduler_of(scheduler.state_dict())
-    alone = sum(1 for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is scheduler.optimizer) == 1
+    optimizer = getattr(scheduler, "optimizer", None)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in getattr(optimizer, "param_groups", ())]
+    facts = scheduler_of(scheduler.state_dict(), optimizer_of({"param_groups": groups}, _scalar).groups)
+    alone = [getattr(c.scheduler, "optimizer", None) for c in trainer.lr_scheduler_configs].count(optimizer) == 1
     return dataclasses.replace(facts, scheduled_lr=_scheduled_lr(scheduler)) if alone else facts
 
 
 def _scheduled_lr(scheduler: Any) -> tuple[float, ...]:
-    """What the schedule gives at its position, where torch can say so without stepping; else empty."""
-    if isinstance(scheduler, LambdaLR):
-        position = scheduler.last_epoch
-        pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        return tuple(float(base * factor(position)) for base, factor in pairs)
-    closed_form = getattr(scheduler, "_get_closed_form_lr", None)
-    return tuple(map(float, closed_form())) if closed_form is not None else ()
+    """What this run's schedule gives at its position, where its function is the run's own; else empty.
+
+    All others have their whole schedule from the checkpoint.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return ()
+    pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    return tuple(float(base * factor(scheduler.last_epoch)) for base, factor in pairs)
 
 
 def _scalar(value: object) -> float | None:

@@ -1,10 +1,21 @@
-"""The lines that a resuming run logs: where it continues, with which steps and which learning rate."""
+"""What a resuming run says: where it continues, with which steps and which learning rate, and what changed since.
+
+For people as lines of text, for the run's loggers as scalars; programs read `guard.report`.
+"""
 
 from __future__ import annotations
 
-from enstack_lightning.checkpoint import Report
+import math
+from typing import TYPE_CHECKING
+
+from enstack_lightning.checkpoint import Facts, Options, Report, Severity
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
-from enstack_lightning.checkpoint.rules.rule import Options
+from enstack_lightning.checkpoint.rules.scheduler import highest_rate
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_SHOWN = (Severity.INFO, Severity.WARNING, Severity.ERROR)
 
 
 def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...]) -> list[str]:
@@ -16,18 +27,86 @@ def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple
         lrs_after: the restored ones.
     """
     plan, facts = report.resume, report.facts
-    expected = expected_steps(facts, Options())
-    lines = [f"resume from      {report.path}"]
+    lines = [("resume from", report.path)]
     if plan is not None:
-        lines.append(f"epoch            {plan.sentence}")
-        steps = "no step count kept" if plan.optimizer_steps is None else f"{plan.optimizer_steps:,}"
+        lines.append(("epoch", plan.sentence))
+    lines += _steps(report)
+    if lrs_before and lrs_after:
+        lines.append(("learning rate", f"{lrs_before[0]:.2e} before restoring, {lrs_after[0]:.2e} after"))
+        lines += _range(facts, report.options, lrs_after[0])
+    for finding in report.findings:
+        if finding.severity in _SHOWN and (finding.severity is not Severity.INFO or finding.code.startswith("CK9")):
+            name = "changed" if finding.severity is Severity.INFO else str(finding.severity)
+            lines.append((name, f"{finding.code} {finding.message}"))
+            if finding.hint and finding.severity is not Severity.INFO:
+                causes = finding.code in ("CK401", "CK403")
+                lines.append(("possible causes" if causes else "what to do", finding.hint))
+    lines.append(("verdict", report.verdict.upper()))
+    return [f"{name:<16} {said}" for name, said in lines]
+
+
+def _steps(report: Report) -> list[tuple[str, str]]:
+    facts, plan = report.facts, report.resume
+    p, total = facts.progress, facts.run.total_steps
+    lines = []
+    if p.global_step is not None:
+        of = "" if total is None else f" of {total:,}"
+        lines.append(("global step", f"{p.global_step:,}{of}{_calculation(facts)}"))
+    expected = expected_steps(facts, report.options)
+    actual = None if plan is None else plan.optimizer_steps
+    if plan is not None:
+        shown = "no step count kept" if actual is None else f"{actual:,}"
+        lines.append(("optimizer steps", shown + (f", expected {expected.steps:,}" if expected else "")))
+    if expected and actual is not None:
+        difference = abs(actual - expected.steps)
+        within = "consistent" if difference <= expected.tolerance else "beyond it"
         lines.append(
-            f"optimizer steps  {steps}, expected {expected.steps:,}" if expected else f"optimizer steps  {steps}"
+            ("difference", f"{difference:,}, tolerance {expected.tolerance:,} ({expected.reckoning}): {within}")
         )
     positions = [s.last_epoch for s in facts.schedulers or () if s.last_epoch is not None]
     if positions:
-        lines.append(f"scheduler steps  {sum(positions):,}, expected {facts.progress.scheduler_steps or 0:,}")
-    if lrs_before and lrs_after:
-        lines.append(f"learning rate    {lrs_before[0]:.2e} before restoring, {lrs_after[0]:.2e} after")
-    lines.append(f"verdict          {report.verdict.upper()}")
+        lines.append(("scheduler steps", f"{sum(positions):,}, expected {p.scheduler_steps or 0:,}"))
     return lines
+
+
+def _calculation(facts: Facts) -> str:
+    """Epochs times steps plus the rest, where they give the counter."""
+    p, batches = facts.progress, facts.batches_per_epoch
+    if not batches or p.epochs_completed is None or p.global_step is None:
+        return ""
+    steps = math.ceil(batches / (facts.run.accumulate_grad_batches or 1))
+    rest = p.global_step - p.epochs_completed * steps
+    if not 0 <= rest <= steps:
+        return ""
+    return f" = ({p.epochs_completed:,} epochs x {steps:,} steps) + {rest:,} mid-epoch steps"
+
+
+def _range(facts: Facts, options: Options, rate: float) -> list[tuple[str, str]]:
+    groups = [group for optimizer in facts.optimizers or () for group in optimizer.groups]
+    highest = highest_rate(facts, groups[0], options) if groups else math.inf
+    if not math.isfinite(highest):
+        return []
+    judged = "in range" if options.min_lr <= rate <= highest else "out of range"
+    return [("expected range", f"{options.min_lr:.2e} to {highest:.2e}: {judged}")]
+
+
+def resume_scalars(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...]) -> dict[str, float]:
+    """The figures of the resume report for the run's loggers, under names that begin with `guard/`."""
+    expected = expected_steps(report.facts, report.options)
+    figures: dict[str, float | None] = {
+        "optimizer_steps": None if report.resume is None else report.resume.optimizer_steps,
+        "expected_optimizer_steps": None if expected is None else expected.steps,
+        "global_step": report.facts.progress.global_step,
+        "lr_before": lrs_before[0] if lrs_before else None,
+        "lr_after": lrs_after[0] if lrs_after else None,
+        "warnings": report.count(Severity.WARNING),
+        "errors": report.count(Severity.ERROR),
+    }
+    return {f"guard/{name}": float(value) for name, value in figures.items() if value is not None}
+
+
+def log_scalars(trainer: Trainer, scalars: dict[str, float]) -> None:
+    """Gives scalars to the run's loggers at the step that training resumes from, past Lightning's own logging."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)

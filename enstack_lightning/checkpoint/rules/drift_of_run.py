@@ -7,7 +7,7 @@ recorded, as much is compared as the checkpoint's own entries give away.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from enstack_lightning.checkpoint.facts import Facts, OptimizerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
@@ -365,6 +365,6 @@ def drift_of_versions(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield passed(" and ".join(f"{name} {version}" for name, version in sorted(facts.versions.items())))
 
 
-def _release(version: str) -> Sequence[int]:
+def _release(version: str) -> list[int]:
     """Major and minor."""
     return [int(n) for n in re.findall(r"\d{1,6}", version.partition("+")[0])[:2]]

@@ -135,19 +135,16 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
     excused = (plan is not None and plan.kind == "finished") or any(
         _warms_up(s, options) or _is_complete(s) for s in facts.schedulers or ()
     )
-    peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
-    if any(s.kind == "SWALR" for s in facts.schedulers or ()):
-        peaks.append(math.inf)
     for number, optimizer in enumerate(facts.optimizers or ()):
         groups = [(index, group, group.lr) for index, group in enumerate(optimizer.groups) if group.lr is not None]
-        too_high = [g for g in groups if g[2] > _highest(g[1], peaks, options)]
+        too_high = [g for g in groups if g[2] > highest_rate(facts, g[1], options)]
         if not groups:
             continue
         if too_high:
             index, group, rate = too_high[0]
             whose = f"optimizer {number}" + (f", group {index}" if index else "")
             yield warning(
-                f"learning rate {rate:.2e} of {whose} is above {_highest(group, peaks, options):.2e}",
+                f"learning rate {rate:.2e} of {whose} is above {highest_rate(facts, group, options):.2e}",
                 "learning rate",
                 "Check the schedule: this is more than it should ever give.",
             )
@@ -164,9 +161,13 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
             yield passed(f"learning rate {_rates_of(optimizer)} of optimizer {number} within bounds")
 
 
-def _highest(group: ParamGroupFacts, peaks: Sequence[float], options: Options) -> float:
+def highest_rate(facts: Facts, group: ParamGroupFacts, options: Options) -> float:
+    """The learning rate above which one of a param group is suspicious; infinite where nothing names a peak."""
     if options.max_lr is not None:
         return options.max_lr
+    peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
+    if any(s.kind == "SWALR" for s in facts.schedulers or ()):
+        return math.inf
     peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
     return 2 * peak if peak else math.inf
 
