@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointGuard": "enstack_lightning.guard",
     "RecoveryCheckpoint": "enstack_lightning.guard",
+    "SampleLedger": "enstack_lightning.guard",
     "VulnerabilityClassifier": "enstack_lightning.model",
     "VulnerabilityDataModule": "enstack_lightning.data",
     "verify_checkpoint": "enstack_lightning.checkpoint",
@@ -35,6 +36,7 @@ __all__ = [
     "EnStackError",
     "ModelError",
     "RecoveryCheckpoint",
+    "SampleLedger",
     "VulnerabilityClassifier",
     "VulnerabilityDataModule",
     "__version__",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
         EnStackError,
         ModelError,
     )
-    from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
+    from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint, SampleLedger
     from enstack_lightning.model import VulnerabilityClassifier
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "resume-check": Command(
         "prove that a killed and resumed run equals one that was not", "enstack_lightning.cli.resume_check"
     ),
+    "ledger": Command("show that every row was trained once an epoch, across restarts", "enstack_lightning.cli.ledger"),
     "rules": Command("list what verify checks, or explain one rule", "enstack_lightning.cli.rules"),
     "export": Command("turn a .ckpt into an EnStack or Hugging Face folder", "enstack_lightning.cli.export"),
     "demo": Command("train offline, be killed, verify what is left, resume", "enstack_lightning.cli.demo"),

@@ -31,6 +31,7 @@ from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.guard.choice import Fallback, choose, choose_newest
+from enstack_lightning.guard.ledger import SampleLedger
 from enstack_lightning.guard.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
@@ -70,7 +71,7 @@ class EnStackCLI(LightningCLI):
 
     Callbacks that are always there, each with options of its own: `checkpoint_guard`, `best_model` (highest `val/f1`),
     `last_checkpoint` (every epoch's end), `recovery_checkpoint` (every N steps, removed when its epoch completes),
-    `learning_rate_monitor`.
+    `learning_rate_monitor`, `sample_ledger` (which rows were trained; `enstack ledger` reads it).
 
     Args:
         args: the command line after `enstack`; None takes that of the process.
@@ -102,6 +103,7 @@ class EnStackCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(RecoveryCheckpoint, "recovery_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate_monitor")
+        parser.add_lightning_class_args(SampleLedger, "sample_ledger")
         parser.set_defaults(
             {
                 "best_model.filename": "best_model",
@@ -110,6 +112,7 @@ class EnStackCLI(LightningCLI):
                 "best_model.save_on_train_epoch_end": True,
                 "last_checkpoint.filename": "last_checkpoint",
                 "last_checkpoint.save_on_train_epoch_end": True,
+                "sample_ledger.rows": "row",
             }
         )
         parser.link_arguments("model.num_labels", "data.num_labels")

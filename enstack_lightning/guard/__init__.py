@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from enstack_lightning.guard.callback import CheckpointGuard
+    from enstack_lightning.guard.ledger import SampleLedger
     from enstack_lightning.guard.recovery import RecoveryCheckpoint
 
-__all__ = ["CheckpointGuard", "RecoveryCheckpoint"]
+__all__ = ["CheckpointGuard", "RecoveryCheckpoint", "SampleLedger"]
 
 _HOMES = {
     "CheckpointGuard": "enstack_lightning.guard.callback",
     "RecoveryCheckpoint": "enstack_lightning.guard.recovery",
+    "SampleLedger": "enstack_lightning.guard.ledger",
 }
 
 
