@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from builders import train_lightning
+from builders import functions, train_lightning, write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +11,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of a run of three epochs with five batches each: `step=1.ckpt` to `step=15.ckpt`, `epoch=0.ckpt`
     to `epoch=2.ckpt`. Copy one before damaging it."""
     return train_lightning(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 functions to train on and 24 for each of the other splits."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = functions(144, seed=5)
+    for split, start, stop in (("train", 0, 96), ("validation", 96, 120), ("test", 120, 144)):
+        write_jsonl(folder / f"{split}.jsonl", rows[start:stop])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
