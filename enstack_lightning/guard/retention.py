@@ -38,6 +38,7 @@ class Retention:
         self._kept: dict[str, None] = {}
         self._announced: Counter[str] = Counter()
         self._unwanted: set[str] = set()
+        self._going: set[str] = set()
         self._lock = threading.RLock()
         self.judge_by(options)
 
@@ -87,7 +88,8 @@ class Retention:
             if path in self._unwanted:
                 self._kept[path] = None
             self._levels[path] = _signature(path), level
-            return [kept for kept in self._kept if self._is_spare(kept)]
+            self._going.discard(path)
+            return [kept for kept in self._kept if self._may_go(kept)]
 
     def may_remove(self, path: str) -> bool:
         """Whether a checkpoint may go: it is a link, it does not verify, or another one as good stands.
@@ -98,7 +100,7 @@ class Retention:
             if self._announced[path] > 0:
                 self._unwanted.add(path)
                 return False
-            if self._is_spare(path):
+            if self._may_go(path):
                 return True
             self._kept[path] = None
             return False
@@ -108,6 +110,7 @@ class Retention:
         with self._lock:
             self._kept.pop(path, None)
             self._levels.pop(path, None)
+            self._going.discard(path)
 
     def level_now(self, path: str) -> int:
         """How good the checkpoint is that stands at `path`; judged anew only if it has changed."""
@@ -130,6 +133,13 @@ class Retention:
         with self._lock:
             return next((p for p in reversed(self._levels) if p != besides and self.level_now(p) > BAD), "")
 
+    def _may_go(self, path: str) -> bool:
+        """Whether a checkpoint is spare; from now on it is none for whose sake another may go."""
+        if not self._is_spare(path):
+            return False
+        self._going.add(path)
+        return True
+
     def _is_spare(self, path: str) -> bool:
         if not is_url(path) and (os.path.islink(path) or not os.path.lexists(path)):  # noqa: PTH114
             return True
@@ -137,8 +147,11 @@ class Retention:
         return level == BAD or any(self.level_now(other) >= level for other in self._others(path))
 
     def _others(self, path: str) -> Iterator[str]:
-        """Checkpoints that are no other name of `path`: those saved by this run, newest first, and those beside it."""
-        seen = {_real(path)}
+        """Checkpoints that are no other name of `path`: those saved by this run, newest first, and those beside it.
+
+        What is about to go, or could not be removed, is not among them.
+        """
+        seen = {_real(path), *map(_real, self._going)}
         beside = () if is_url(path) else map(str, find_checkpoints(Path(path).parent))
         for other in (*reversed(self._levels), *beside):
             if _real(other) not in seen:

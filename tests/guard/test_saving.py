@@ -30,6 +30,7 @@ from enstack_lightning.errors import CheckpointSaveError
 from enstack_lightning.guard import saving
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.comparing import first_difference
+from enstack_lightning.guard.retention import RESUMABLE, Retention
 from enstack_lightning.guard.saving import remove_leftovers, staging
 
 DIGESTS = Options(digests=True)
@@ -405,7 +406,7 @@ class Corrupting(TorchCheckpointIO):
 @pytest.mark.parametrize("plugin", [None, TorchCheckpointIO, Folders])
 @pytest.mark.filterwarnings("ignore:CheckpointGuard. .* a resume from it would be refused")
 def test_verify_after_save_lets_a_good_save_pass(plugin: Any, tmp_path: Path) -> None:
-    guard = CheckpointGuard(verify_after_save=True)
+    guard = CheckpointGuard(verify_after_save=True, on_nonfinite="ignore")
     trainer = fit(tmp_path, guard=guard, max_epochs=1, plugins=[plugin()] if plugin else [])
     trainer.lightning_module.layer.weight.data[0, 0] = float("nan")
     trainer.save_checkpoint(tmp_path / "c.ckpt")
@@ -516,6 +517,22 @@ def test_a_good_one_of_an_earlier_run_counts_and_a_damaged_one_does_not(tmp_path
     assert (tmp_path / "step=5.ckpt").exists()
     trainer.strategy.remove_checkpoint(tmp_path / "step=4.ckpt")
     assert not (tmp_path / "step=4.ckpt").exists()
+
+
+def test_two_checkpoints_do_not_go_for_each_others_sake(trained: Path, tmp_path: Path) -> None:
+    """Both were asked to go, the second while its save was still queued, as in background saves of one checkpoint."""
+    saves, retention = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None), Retention(Options())
+    one, other = (str(tmp_path / f"step={n}.ckpt") for n in (1, 2))
+    for n, path in enumerate((one, other), start=1):
+        saves.save_checkpoint(torch.load(trained / f"step={n}.ckpt"), path)
+    retention.saved(one, RESUMABLE)
+    retention.announce(other)
+    Path(other).rename(tmp_path / "not yet")
+    assert not retention.may_remove(one)
+    assert not retention.may_remove(other)
+    (tmp_path / "not yet").rename(other)
+    assert retention.saved(other, RESUMABLE) == [one]
+    assert not retention.may_remove(other)  # `one` is about to go, in whatever thread
 
 
 def test_a_link_to_the_checkpoint_is_no_second_one(tmp_path: Path) -> None:
