@@ -43,12 +43,14 @@ class Repair:
         said: a sentence with the numbers before and after.
         changed: whether anything was changed.
         lost: the state of this optimizer is lost, and training may go on without it.
+        forwarded: this scheduler had no state and was set forward.
     """
 
     what: str
     said: str
     changed: bool = False
     lost: bool = False
+    forwarded: bool = False
 
     def __str__(self) -> str:
         return f"{'repaired' if self.changed else 'left as it is':<16} {self.what}: {self.said}"
@@ -137,6 +139,13 @@ def judged_after_repair(report: Report, repairs: Sequence[Repair]) -> Report:
     )
 
 
+def as_repaired(loaded: Facts, live: Facts, repairs: Sequence[Repair]) -> Facts:
+    """The facts of a checkpoint as if it had held the schedulers that were set forward, to compare the run with."""
+    if len(loaded.schedulers or ()) < len(live.schedulers or ()) and any(r.forwarded for r in repairs):
+        return dataclasses.replace(loaded, schedulers=live.schedulers)
+    return loaded
+
+
 def _lost_optimizers(trainer: Trainer, loaded: Facts, live: Facts) -> tuple[Repair, ...]:
     """Optimizers without moments under an old counter. Nothing in them is wrong: zero moments and a step count of 0
     belong together, and bias correction begins anew with them."""
@@ -184,7 +193,7 @@ def _schedule(trainer: Trainer, loaded: Facts, live: Facts) -> tuple[Repair, ...
         said = set_right(trainer, scheduler, loaded, live)
     except CannotForwardError as e:
         return (Repair(_name(scheduler), f"left at step {position_of(scheduler) or 0:,}: {e}"),)
-    return (Repair(_name(scheduler), said, changed=True),) if said else ()
+    return (Repair(_name(scheduler), said, changed=True, forwarded=lacking),) if said else ()
 
 
 def _forwarded(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> str | None:
@@ -196,6 +205,7 @@ def _forwarded(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> 
     if position_of(scheduler) != 0:
         raise CannotForwardError(f"something else has set it forward already, expected {steps:,}")
     restored = _has_rates(trainer, loaded)
+    _check_is_the_saved_one(loaded, live)
     _check_base_rates(scheduler, optimizer)
     forwarded = fast_forward(scheduler, steps)
     own = _floats(group["lr"] for group in optimizer.param_groups)
@@ -294,6 +304,21 @@ def _reckoning(live: Facts, steps: int) -> str:
         rest = steps - (p.epochs_completed or 0) * in_epoch
         return f"({many(p.epochs_completed or 0, 'epoch')} x {in_epoch:,} steps) + {rest:,} mid-epoch steps"
     return "the loop's counter of optimizer steps"
+
+
+def _check_is_the_saved_one(loaded: Facts, live: Facts) -> None:
+    """The schedule must be the one that the run was saved with, where the guard recorded that."""
+    before, now = loaded.run, live.run
+    if before.scheduler_kinds and before.scheduler_kinds != now.scheduler_kinds:
+        raise CannotForwardError(f"the run that saved had {', '.join(before.scheduler_kinds)}")
+    for saved, given in zip(before.scheduler_options, now.scheduler_options, strict=False):
+        for name in sorted(saved.keys() & given.keys()):
+            if _listed(saved[name]) != _listed(given[name]):
+                raise CannotForwardError(f"the run that saved had {name} {saved[name]}, and this one has {given[name]}")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _check_base_rates(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
