@@ -377,6 +377,8 @@ class Facts:
         hyper_parameters: those of the LightningModule, or transformers' training arguments.
         data_hyper_parameters: those of the LightningDataModule.
         model_config: the entries of a `config.json` beside the weights.
+        callbacks: the state keys of the callbacks that have a state in the checkpoint; of a live run, of all its own.
+        data_module: of a live run: the name of its data module's class, where that keeps a state.
         globals: the names that the checkpoint's pickles would import.
         model_only: the checkpoint holds a model and nothing of a training run.
         leftovers: files that an interrupted save left behind.
@@ -405,6 +407,8 @@ class Facts:
     data_hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     model_config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    callbacks: tuple[str, ...] = ()
+    data_module: str | None = None
     globals: tuple[GlobalFacts, ...] = ()
     model_only: bool = False
     leftovers: tuple[str, ...] = ()

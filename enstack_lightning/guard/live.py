@@ -17,7 +17,7 @@ from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, Ru
 from enstack_lightning.checkpoint.readers.lightning import lightning_facts, progress_facts
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
-from enstack_lightning.guard.flavor import is_a, lightning_version
+from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
 from enstack_lightning.guard.training_data import training_data
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def trainer_facts(trainer: Trainer, path: str, loaded: Facts, given: Configured 
         hyper_parameters=_hyper_parameters(module),
         data_hyper_parameters=_hyper_parameters(getattr(trainer, "datamodule", None)),
         versions=versions(),
+        callbacks=tuple(callback.state_key for callback in trainer.callbacks),  # type: ignore[attr-defined]
+        data_module=_stateful(getattr(trainer, "datamodule", None)),
         loader_position=loaded.loader_position,
         live=True,
         saved=loaded,
@@ -198,6 +200,13 @@ def _parameter_names(trainer: Trainer) -> dict[int, str]:
 def _flattens(trainer: Trainer) -> bool:
     """Whether the strategy puts parameters of its own, of other shapes, in the place of the module's."""
     return any(is_a(trainer.strategy, name) for name in ("FSDPStrategy", "DeepSpeedStrategy"))
+
+
+def _stateful(data_module: Any) -> str | None:
+    """The name under which a data module's state lies in a checkpoint; None where it keeps none."""
+    base = lightning_base(data_module, "LightningDataModule")
+    kind = type(data_module)
+    return kind.__qualname__ if base is not None and kind.load_state_dict is not base.load_state_dict else None
 
 
 def versions() -> dict[str, str]:

@@ -47,6 +47,7 @@ _OF_TORCHDATA = {"yielded", "generator"}
 _VERSION = re.compile(r"v?\d{1,9}(\.\d{1,9}){0,5}[-_.+a-z0-9]{0,100}", re.ASCII | re.IGNORECASE)
 """A version as packaging reads it, roughly: PEP 440."""
 _TRAINING_ENTRIES = ("optimizer_states", "lr_schedulers")
+MAX_STATE_KEYS = 1_000
 OF_DATA_MODULE = "data module"
 """The kind of a fingerprint that a LightningDataModule made itself: its attribute `fingerprints`."""
 
@@ -83,6 +84,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         hyper_parameters=_hyper_parameters(checkpoint.get("hyper_parameters")),
         data_hyper_parameters=_hyper_parameters(checkpoint.get("datamodule_hyper_parameters")),
         versions=_versions(checkpoint, guard),
+        callbacks=_state_keys(checkpoint.get("callbacks")),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
         loader_position=bool(at(checkpoint, _LOADERS)),
         loader_spent=_is_spent(checkpoint),
@@ -275,6 +277,12 @@ def _batches_per_epoch(
 
 def _guard_state(callbacks: object) -> Any:
     return callbacks.get("CheckpointGuard") if isinstance(callbacks, Mapping) else None
+
+
+def _state_keys(callbacks: object) -> tuple[str, ...]:
+    if not isinstance(callbacks, Mapping):
+        return ()
+    return tuple(key for key in callbacks if isinstance(key, str))[:MAX_STATE_KEYS]
 
 
 def _best_metrics(callbacks: object, read_scalar: ScalarReader) -> dict[str, float]:

@@ -9,6 +9,7 @@ from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.rules import (
     drift,
     drift_of_run,
+    drift_of_states,
     files,
     manifest,
     optimizer,
@@ -22,7 +23,10 @@ from enstack_lightning.checkpoint.rules.rule import RULES, Finding, Options, Rul
 
 __all__ = ["RULES", "Finding", "Options", "Rule", "Severity", "judge"]
 
-_FAMILIES = (files, state, progress, optimizer, scheduler, weights, safety, manifest, drift, drift_of_run)
+_FAMILIES = (
+    *(files, state, progress, optimizer, scheduler, weights, safety, manifest),
+    *(drift, drift_of_run, drift_of_states),
+)
 MAX_FINDINGS = 500
 """Of one rule on one checkpoint: what is listed one by one must not grow without end with a hostile file."""
 
