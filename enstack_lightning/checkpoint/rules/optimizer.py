@@ -102,6 +102,9 @@ def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]
     if exact and difference < 0 and actual and scales_losses(facts) and size <= max(20, expected.steps // 50):
         yield info(message, "optimizer", "The gradient scaler skips a step on overflow: expected in float16 training.")
         return
+    if exact and difference == -1 and any(s.kind == "SWALR" for s in facts.schedulers or ()):
+        yield info(message, "optimizer", "Weight averaging ends with an epoch that only updates batch norm: one step.")
+        return
     hint = f"{_diagnosis(actual, expected.steps, facts)} {_size_of(size, exact and difference > 0)}"
     yield (error if exact and difference > 0 else warning)(message, "optimizer", hint)
 
@@ -251,7 +254,8 @@ def parameters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The parameters of one optimizer have done different numbers of steps.
 
     Honest where parameters were frozen for a while or get no gradient in some steps; else the sign of a state that was
-    put together from two saves.
+    put together from two saves. Whole groups that are behind, each in step with itself, are worth knowing only: so are
+    layers that were unfrozen later.
     """
     for number, optimizer in enumerate(facts.optimizers or ()):
         counts = sorted(set(optimizer.steps.values()))
@@ -259,7 +263,9 @@ def parameters_disagree(facts: Facts, options: Options) -> Iterator[Outcome]:
             continue
         fewest, most = int(counts[0]), int(counts[-1])
         behind = [parameter for parameter, steps in optimizer.steps.items() if steps < counts[-1]]
-        yield warning(
+        by_group = [{optimizer.steps[p] for p in group.params if p in optimizer.steps} for group in optimizer.groups]
+        each_in_step = all(len(steps) <= 1 for steps in by_group)  # as fine-tuning callbacks unfreeze: a group a time
+        yield (info if each_in_step else warning)(
             f"optimizer {number}: {len(behind):,} of {len(optimizer.steps):,} parameters have fewer steps than the "
             f"others ({fewest:,} to {most:,})",
             "optimizer",
