@@ -45,6 +45,8 @@ Override = tuple[str, str, object, object]
 
 def _of_groups(facts: Facts, saved: Facts) -> Iterator[Override]:
     restored, given, recorded = facts.optimizers or (), facts.run.optimizer_options, saved.run.optimizer_options
+    if saved.run.optimizer_kinds and saved.run.optimizer_kinds != facts.run.optimizer_kinds:
+        return  # another class has other options, which CK911 says
     for number, (optimizer, groups) in enumerate(zip(restored, given, strict=False)):
         then = recorded[number] if len(recorded) == len(given) and len(recorded[number]) == len(groups) else None
         named: dict[str, list[tuple[int, object, object]]] = {}
@@ -73,6 +75,8 @@ def _comparable(group: Mapping[str, Any], recorded: bool) -> list[str]:
 
 def _of_schedulers(facts: Facts, saved: Facts) -> Iterator[Override]:
     restored, given, recorded = facts.schedulers or (), facts.run.scheduler_options, saved.run.scheduler_options
+    if saved.run.scheduler_kinds and saved.run.scheduler_kinds != facts.run.scheduler_kinds:
+        return
     for number, (scheduler, now) in enumerate(zip(restored, given, strict=False)):
         then = recorded[number] if len(recorded) == len(given) else None
         if then is None and scheduler.kind is None:
