@@ -11,6 +11,7 @@ from enstack_lightning.checkpoint.wording import many
 _KEEPERS = frozenset(("ModelCheckpoint", "RecoveryCheckpoint", "OnExceptionCheckpoint"))
 """Callbacks whose state says what was saved where: without it training is the same."""
 _NO_MATTER = frozenset(("CheckpointGuard",))
+"""A run without the guard is not judged by it, and a guard takes any state of its own back."""
 _LIGHTNINGS = frozenset(
     (
         *("epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states"),
@@ -38,8 +39,10 @@ def drift_of_states(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if facts.saved is None:
         return
-    saved, live = facts.saved.callbacks, frozenset(facts.callbacks)
-    dropped = [key for key in saved if key not in live and _kind(key) not in _NO_MATTER]
+    saved, live, kinds = facts.saved.callbacks, frozenset(facts.callbacks), frozenset(map(_kind, facts.callbacks))
+    # A run without a ModelCheckpoint does not miss what an earlier one knew.
+    no_matter = _NO_MATTER | (_KEEPERS - kinds)
+    dropped = [key for key in saved if key not in live and _kind(key) not in no_matter]
     for key in dropped:
         yield _dropped(key, facts)
     yield from _of_data_module(facts)
