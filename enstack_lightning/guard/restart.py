@@ -1,0 +1,218 @@
+"""The restart of the training loops at the very moment that a checkpoint was saved at.
+
+Lightning 2.6 starts again at the next batch. What should have followed the save is left out: the validation that was
+due, the end of the epoch with its metrics and schedulers (#20495), the rest of an accumulation window (#19987); at the
+last batch of an epoch a stateful loader costs the whole next epoch; with `max_steps` an epoch's end is counted once
+more and trains a batch too many (#19403, #19617); a progress bar shows no total (#20603); SWA has no scheduler for the
+rest of its epoch. `ExactRestart` does the rest of the step or of the epoch first, with everything as it stood then.
+
+What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
+after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from enstack_lightning.guard.epoch_state import restore_epoch_state
+from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
+from enstack_lightning.guard.loader_position import begin_epoch_anew, restore_generators
+from enstack_lightning.guard.part_gradients import restore_gradients
+from enstack_lightning.guard.rng import restore_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_IN_EPOCH = ("batch_end", "validation_end", "after_batch")
+_EPOCH_DONE = ("epoch_end", "between_epochs")
+
+
+def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> ExactRestart | None:
+    """Prepares the loops for the moment that a checkpoint was saved at.
+
+    Args:
+        trainer: a Trainer that has loaded the checkpoint, and whose loops are not restored yet.
+        checkpoint: the loaded dict; the loaders' positions in it become those of this process.
+        key: the guard's key among the checkpoint's callbacks.
+
+    Returns:
+        What stands in the loops' way until they have started; None where this Lightning's loops are not known.
+    """
+    if not hasattr(trainer.fit_loop, "update_restart_stage"):
+        return None
+    restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
+    loops = (checkpoint.get("loops") or {}).get("fit_loop", {})
+    if restart.loader_states and "state_dict" in loops:
+        loops["state_dict"]["combined_loader"] = restart.loader_states
+    restart.install()
+    return restart
+
+
+class ExactRestart:
+    """Takes the place of a few methods of a Trainer's loops, each until it has been called once.
+
+    Args:
+        trainer: a Trainer that is about to restore its loops.
+        state: the guard's state in the checkpoint.
+    """
+
+    def __init__(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        self.trainer: Any = trainer
+        self.resume: dict[str, Any] = state.get("resume") or {}
+        self.point = self.resume.get("point", "elsewhere")
+        ranks = self.resume.get("ranks") or [{"random_state": state.get("random_state")}]
+        alike = len(ranks) == trainer.world_size
+        self.mine: dict[str, Any] = ranks[trainer.global_rank] if alike else {}
+        if not alike:
+            rank_zero_warn(
+                f"CheckpointGuard: the checkpoint holds the random state of {len(ranks):,} processes and "
+                f"{trainer.world_size:,} train now: they draw other random numbers than a run that never stopped, and "
+                "what the epoch has logged so far is lost; a TrainingSampler gives each row that is left once"
+            )
+
+        self.loader_states: list[dict[str, Any]] | None = self.mine.get("loaders")
+
+    def install(self) -> None:
+        """To be called before the loops are restored."""
+        loop = self.trainer.fit_loop
+        _once(loop, "reset", self._reset)
+        _once(loop, "on_run_start", self._on_run_start)
+        if self.point in _IN_EPOCH:
+            _once(loop.epoch_loop, "advance", self._advance)
+
+    def uninstall(self) -> None:
+        """Gives the loops their own methods back."""
+        loop = self.trainer.fit_loop
+        for owner, name in ((loop, "reset"), (loop, "on_run_start"), (loop.epoch_loop, "advance")):
+            vars(owner).pop(name, None)
+
+    # In the order in which they are called
+
+    def _reset(self) -> None:
+        loop = self.trainer.fit_loop
+        batch = loop.epoch_loop.batch_progress
+        spent = self.point == "elsewhere" and batch.is_last_batch and batch.current.completed < batch.current.processed
+        if self.point in _IN_EPOCH:
+            for tracker in (batch.total, batch.current):
+                tracker.completed = tracker.processed
+        elif self.point in _EPOCH_DONE:
+            _set_restarting(loop, False)
+        loop.reset()
+        if self.point in _EPOCH_DONE:
+            loop._resuming_from_checkpoint = False  # so that the epoch's iterator is made when it always is
+        elif spent:
+            begin_epoch_anew(self.trainer)
+
+    def _on_run_start(self) -> None:
+        self.trainer.fit_loop.on_run_start()
+        self._begin_what_an_epoch_begins()
+        self._make_lasting_workers()
+        restore_generators(self.trainer, self.mine.get("generators", {}))
+        if self.mine.get("epoch"):
+            restore_epoch_state(self.trainer, self.mine["epoch"])
+        self._restore_gradients()
+        if self.mine.get("random_state"):
+            restore_random_state(self.mine["random_state"])
+        if self.point == "epoch_end":
+            self._end_epoch()
+        if self.point in _EPOCH_DONE:
+            self._restore_early_stop()
+        elif self.point in _IN_EPOCH:
+            batch = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            self.trainer._logger_connector._first_loop_iter = batch.ready == 1
+
+    def _advance(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the batch that was saved in; `on_advance_end` follows, with the validation that is due."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.val_loop.restarting = False
+        self.trainer.fit_loop._restarting = False  # else schedulers that go by a metric would not step at its end
+        if self.point == "after_batch":
+            _set_restarting(loop, False)
+            loop.advance(*args, **kwargs)
+            return
+        self._restore_early_stop()
+        if self.point == "validation_end":
+            loop._skip_next_val = True
+            return
+        self.trainer._logger_connector.on_batch_end()
+        self.trainer._logger_connector.update_train_step_metrics()
+
+    # Parts
+
+    def _end_epoch(self) -> None:
+        """The rest of `FitLoop.on_advance_end`, after the callbacks."""
+        loop, connector = self.trainer.fit_loop, self.trainer._logger_connector
+        epoch = loop.epoch_progress
+        for tracker in (epoch.total, epoch.current):
+            tracker.completed = tracker.processed - 1
+        connector.epoch_end_reached()
+        connector.on_epoch_end()
+        if loop.epoch_loop._num_ready_batches_reached():
+            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        loop.epoch_loop._batches_that_stepped -= 1
+        connector.update_train_epoch_metrics()
+        loop.epoch_loop._batches_that_stepped += 1
+        epoch.increment_completed()
+
+    def _restore_gradients(self) -> None:
+        gradients = self.mine.get("gradients", {})
+        if gradients is None:
+            rank_zero_warn(
+                "CheckpointGuard: the checkpoint was saved inside an accumulation window, and the gradients of its "
+                f"batches are not in it, since {type(self.trainer.strategy).__name__} shards them: the next step uses "
+                "those of the window's last batches only"
+            )
+        elif gradients:
+            restore_gradients(self.trainer, gradients)
+
+    def _restore_early_stop(self) -> None:
+        if self.resume.get("early_stop"):
+            rank_zero_info("CheckpointGuard: early stopping had ended this run when the checkpoint was saved")
+            self.trainer.should_stop = True
+
+    def _make_lasting_workers(self) -> None:
+        """Persistent workers of validation draw their seed once, when they start: before the random state is set."""
+        validation = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        loaders = validation.flattened if validation is not None else []
+        for had, loader in zip(self.resume.get("validation_workers", []), loaders, strict=False):
+            if had and getattr(loader, "_iterator", None) is None:
+                iter(loader)
+
+    def _begin_what_an_epoch_begins(self) -> None:
+        """Inside an epoch Lightning calls no `on_train_epoch_start`, which two kinds of callbacks need."""
+        trainer = self.trainer
+        for callback in trainer.callbacks:
+            if getattr(callback, "_scheduler_state", None) is not None and hasattr(callback, "_swa_scheduler"):
+                self._begin_averaging(callback)
+            elif callback is trainer.progress_bar_callback and self.point in _IN_EPOCH:
+                callback.on_train_epoch_start(trainer, trainer.lightning_module)
+
+    def _begin_averaging(self, callback: Any) -> None:
+        """Making SWA's scheduler sets learning rates, which the optimizer has from the checkpoint already."""
+        trainer = self.trainer
+        if trainer.current_epoch > callback.swa_end:
+            return
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        callback.on_train_epoch_start(trainer, trainer.lightning_module)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _once(owner: Any, name: str, instead: Callable[..., None]) -> None:
+    """Puts a function in a method's place for the next call; inside it, the method is the owner's own again."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        vars(owner).pop(name, None)
+        instead(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _set_restarting(loop: Any, restarting: bool) -> None:
+    """For a loop and those in it; `FitLoop` says yes by itself wherever `max_steps` is set."""
+    loop._restarting = restarting
+    for inner in vars(loop).values():
+        if hasattr(inner, "_restarting") and hasattr(inner, "on_iteration_done"):
+            _set_restarting(inner, restarting)

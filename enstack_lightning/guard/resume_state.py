@@ -1,0 +1,115 @@
+"""What a checkpoint must hold beside Lightning's own entries, for a run to go on from it as if it had never stopped.
+
+Every process adds its part, since random state, values gathered for an epoch's end and gradients differ from one to
+the next, and only rank 0 writes the file. The exchange happens inside `state_dict()`, which Lightning calls on all
+ranks together; after an exception, which may be one rank's alone, each keeps to itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from enstack_lightning.guard.epoch_state import capture_epoch_state
+from enstack_lightning.guard.flavor import FITTING, is_a
+from enstack_lightning.guard.loader_position import capture_generators, loader_states
+from enstack_lightning.guard.part_gradients import capture_gradients, inside_a_window
+from enstack_lightning.guard.rng import capture_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "between_epochs", "elsewhere"]
+"""The moment of a save.
+
+batch_end: in `on_train_batch_end`, before the validation that may follow. validation_end: in `on_validation_end`.
+after_batch: between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch.
+between_epochs: after it. elsewhere: anything else, such as the middle of a step that raised an exception.
+"""
+
+
+def capture_resume_state(trainer: Any) -> dict[str, Any]:
+    """The entries `random_state`, of this process, and `resume`, of all; plain values and tensors.
+
+    Args:
+        trainer: the `Trainer` whose checkpoint is made; None for a guard outside any.
+    """
+    state: dict[str, Any] = {"random_state": capture_random_state()}
+    if trainer is None or trainer.state.fn != FITTING or not hasattr(trainer.fit_loop, "update_restart_stage"):
+        return state
+    point = point_of(trainer)
+    mine = {
+        "random_state": state["random_state"],
+        "epoch": capture_epoch_state(trainer),
+        "generators": capture_generators(trainer),
+        "gradients": {},
+    }
+    if point in ("batch_end", "validation_end", "after_batch") and inside_a_window(trainer):
+        mine["gradients"] = capture_gradients(trainer)
+    if trainer.world_size > 1:
+        mine["loaders"] = loader_states(trainer)
+    validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    state["resume"] = {
+        "point": point,
+        "early_stop": bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks)),
+        "validation_workers": [
+            _has_lasting_workers(loader) for loader in (validation.flattened if validation is not None else ())
+        ],
+        "ranks": _of_all_ranks(trainer, mine),
+    }
+    return state
+
+
+def point_of(trainer: Trainer) -> Point:
+    """The moment that the training loops stand at, while a checkpoint is made."""
+    hook = trainer.lightning_module._current_fx_name
+    loop: Any = trainer.fit_loop
+    batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
+    step = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current
+    in_epoch = epoch.ready == epoch.started == epoch.processed + 1
+    batch_whole = batch.ready == batch.started == batch.processed > 0 and step.ready == step.completed
+    if in_epoch and batch_whole:
+        if hook == "on_train_batch_end" and batch.completed == batch.processed - 1:
+            return "batch_end"
+        if batch.completed == batch.processed:
+            if hook == "on_validation_end" and not trainer.sanity_checking:
+                return "validation_end"
+            # The exception that ends a run on a signal is raised when all that follows a batch is done.
+            if hook == "on_exception" and getattr(trainer, "received_sigterm", False):
+                return "after_batch"
+    elif epoch.ready == epoch.started == epoch.processed and loop.epoch_loop._num_ready_batches_reached():
+        if hook == "on_train_epoch_end" and epoch.completed == epoch.processed - 1:
+            return "epoch_end"
+        if epoch.completed == epoch.processed:
+            return "between_epochs"
+    return "elsewhere"
+
+
+def stopped_early(callback: Any) -> bool:
+    """Whether an EarlyStopping has ended the run; a time limit or a signal ends it for other reasons."""
+    if not is_a(callback, "EarlyStopping"):
+        return False
+    reason = getattr(callback, "stopping_reason", None)
+    return bool(callback.wait_count >= callback.patience or (reason is not None and reason.value != 0))
+
+
+def _has_lasting_workers(loader: Any) -> bool:
+    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
+
+
+def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    alone = trainer.world_size == 1 or not torch.distributed.is_initialized()
+    if alone or trainer.lightning_module._current_fx_name == "on_exception":
+        return [mine]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, _on_cpu(mine))
+    return gathered
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
