@@ -180,10 +180,9 @@ def test_the_resume_report(trained: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert guard.report.verdict is Verdict.PASS
 
 
-def test_a_resume_that_trains_nothing_is_said(trained: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"trained nothing: 3 epochs and 15 steps are done.*max_epochs=3"):
-        module = resume(trained / "epoch=2.ckpt", tmp_path)
-    assert module.losses == []
+def test_a_resume_that_would_train_nothing_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointGuardError, match=r"CK906 max_epochs is 3, and 3 epochs are done.*train nothing"):
+        resume(trained / "epoch=2.ckpt", tmp_path)
 
 
 # The continuation is exact

@@ -159,6 +159,8 @@ def drift_of_schedulers(facts: Facts, options: Options) -> Iterator[Outcome]:
     if facts.saved is None or facts.saved.schedulers is None or facts.schedulers is None:
         return
     before, now = facts.saved.schedulers, facts.schedulers
+    if before and not now and all(scheduler.kind == "SWALR" for scheduler in before):
+        return  # the callback of stochastic weight averaging makes it anew when the epoch starts, with its state
     unchanged = len(before) == len(now)
     if not unchanged:
         effect = "the others are dropped" if len(before) > len(now) else "the others begin at step 0"
@@ -230,7 +232,7 @@ def drift_of_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     torch restores moments by position. Another number of parameters in a group is refused by it; the same in another
     order gets each other's moments without a word, an error. Parameters under new names are a warning, since a renamed
-    module is the usual cause; more or fewer parameters that get a gradient are worth knowing.
+    module is the usual cause, and so are fewer that get a gradient; more of these are worth knowing.
     """
     if facts.saved is None or not facts.optimizers or not facts.saved.optimizers:
         return
@@ -243,8 +245,16 @@ def drift_of_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
     old, new = before_run.trainable_parameters, run.trainable_parameters
     if old is not None and new is not None and old != new:
         unchanged = False
-        what = f"{abs(new - old):,} {'more are frozen' if new < old else 'were unfrozen'}"
-        yield info(f"{old:,} parameters got a gradient and {new:,} do now: {what}", "optimizer")
+        message = f"{old:,} parameters got a gradient and {new:,} do now"
+        if new < old:
+            yield warning(
+                f"{message}: {old - new:,} more are frozen",
+                "parameters",
+                "Expected if they were frozen on purpose. A BaseFinetuning callback does not unfreeze again on a resume: "
+                "unfreeze them in its on_fit_start.",
+            )
+        else:
+            yield info(f"{message}: {new - old:,} were unfrozen", "parameters")
     if unchanged and before_run.parameter_digests and run.parameter_digests:
         yield passed("parameters in their places, as saved")
 
