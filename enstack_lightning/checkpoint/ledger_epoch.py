@@ -74,7 +74,7 @@ class EpochTally:
         self.epoch = epoch
         self.ended = False
         self._again = again
-        self._batches = 0
+        self._batches = self._drawn = 0
         self._uses = 0
         self._starts: dict[int, None] = {}
         self._counts = bytearray()
@@ -98,6 +98,7 @@ class EpochTally:
     def add(self, batches: Sequence[Batch], start: int) -> None:
         """A batch that the weights were trained with, of every process."""
         self._batches += 1
+        self._drawn += 1
         self._starts[start] = None
         for batch in batches:
             if not batch.has_loss:
@@ -118,6 +119,7 @@ class EpochTally:
     def lose(self, batches: Sequence[Batch]) -> None:
         """A batch whose gradients no optimizer step used, since a resume did not bring them back."""
         self._lost += batches
+        self._drawn += 1
 
     def report(self, followed: bool, ids: set[int]) -> EpochReport:
         """The report on the epoch.
@@ -127,7 +129,7 @@ class EpochTally:
             ids: row ids of earlier epochs, where ids are no positions in the data set; those of this one are added.
         """
         plan = _all_in_one(self._plans)
-        done = self.ended or (plan.batches is not None and self._batches >= plan.batches)
+        done = self.ended if plan.batches is None else self._drawn >= plan.batches
         state: State = "complete" if done else "cut short" if followed else "in progress"
         distinct = len(self._counts) - self._counts.count(0) + len(self._others)
         missing = max(0, (plan.rows or 0) - distinct) if state != "in progress" else 0
@@ -229,7 +231,9 @@ def _all_in_one(plans: Sequence[_Plan]) -> _Plan:
     if not plans:
         return _Plan()
     return plans[-1]._replace(
-        left_out=max(plan.left_out for plan in plans), repeats=max(plan.repeats for plan in plans)
+        batches=plans[-1].batches if len({plan.batches for plan in plans}) == 1 else None,
+        left_out=max(plan.left_out for plan in plans),
+        repeats=max(plan.repeats for plan in plans),
     )
 
 

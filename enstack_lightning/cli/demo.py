@@ -18,6 +18,7 @@ from enstack_lightning.checkpoint import find_last_good
 from enstack_lightning.errors import CheckpointError, EnStackError
 
 DEMO_SECONDS = 300
+_MADE = ("checkpoints", "ledger", "logs")
 _POLL_SECONDS = 0.05
 
 
@@ -43,9 +44,10 @@ def main(argv: Sequence[str]) -> int:
     _say("3. Resume from it")
     _run([*fit, "--ckpt_path", last_good.path])
 
-    _say("4. Verify the finished run")
+    _say("4. Verify the finished run: its checkpoint, and that every row was trained once an epoch")
     best = str(folder / "checkpoints" / "best_model.ckpt")
     _run(["verify", best, "--strict"])
+    _run(["ledger", str(folder)])
 
     _say("5. Final metrics on the test split")
     _run(["test", "--config", str(config), "--trainer.default_root_dir", str(folder), "--ckpt_path", best])
@@ -98,9 +100,9 @@ def _command(arguments: Sequence[str]) -> list[str]:
 def _clear(folder: Path) -> None:
     """Removes what an earlier demo left, and nothing else."""
     if folder.exists():
-        if any(entry.name not in ("checkpoints", "logs") for entry in folder.iterdir()):
+        if any(entry.name not in _MADE for entry in folder.iterdir()):
             raise EnStackError(f"{folder} holds more than an earlier demo's run; name an empty folder by --folder")
-        for name in ("checkpoints", "logs"):
+        for name in _MADE:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _lines(report: LedgerReport) -> Iterator[str]:
-    per_batch = report.bytes / max(1, sum(sum(s.recorded.values()) for s in report.starts))
-    yield f"ledger       {printable(str(report.folder))}  {size(report.bytes)}, {per_batch:.0f} bytes a batch"
+    batches = many(sum(start.batches for start in report.starts), "batch", "batches")
+    yield f"ledger       {printable(str(report.folder))}  {size(report.bytes)} for {batches}"
     yield ""
     for start in report.starts:
         yield _start_line(start)
