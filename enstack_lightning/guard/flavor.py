@@ -74,7 +74,7 @@ def is_model_checkpoint(callback: object) -> TypeGuard[ModelCheckpoint]:
 
 def lightning_base(thing: object, name: str) -> Any:
     """The class of this name, of Lightning's own, that a thing's class is or derives from; None where there is none."""
-    own = (c for c in type(thing).__mro__ if c.__name__ == name and c.__module__.startswith(_PACKAGES))
+    own = (c for c in thing.__class__.__mro__ if c.__name__ == name and c.__module__.startswith(_PACKAGES))
     return next(own, None)
 
 

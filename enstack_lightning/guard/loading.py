@@ -108,8 +108,8 @@ def check_form(strategy: Strategy, report: Report) -> None:
 
 
 def _innermost(strategy: Strategy) -> CheckpointIO:
-    found: CheckpointIO = strategy.checkpoint_io
-    while (inner := getattr(found, "checkpoint_io", None)) is not None:
+    found: Any = strategy.checkpoint_io
+    while is_a(inner := getattr(found, "checkpoint_io", None), "CheckpointIO"):
         found = inner
     return found
 
