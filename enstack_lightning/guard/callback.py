@@ -14,12 +14,29 @@ from enstack_lightning.checkpoint import (
     report_on,
     verify_checkpoint,
 )
+from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
 from enstack_lightning.guard.choice import Fallback, choose, set_aside, what_it_costs, why_refused
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
-from enstack_lightning.guard.live import learning_rates, loaded_facts, run_of, trainer_facts, versions
-from enstack_lightning.guard.loader_position import restore_loader_position
+from enstack_lightning.guard.fresh_start import doubts
+from enstack_lightning.guard.health import Health
+from enstack_lightning.guard.live import (
+    Configured,
+    configured,
+    learning_rates,
+    loaded_facts,
+    run_entries,
+    run_of,
+    settings_before_restoring,
+    trainer_facts,
+    versions,
+)
+from enstack_lightning.guard.loader_position import (
+    keep_random_state_of_workers,
+    restore_loader_position,
+    stop_keeping_random_state_of_workers,
+)
 from enstack_lightning.guard.loading import (
     Decision,
     check_form,
@@ -27,19 +44,24 @@ from enstack_lightning.guard.loading import (
     reads_formats_of_its_own,
     stop_guarding_loading,
 )
+from enstack_lightning.guard.nonfinite import OnNonfinite
 from enstack_lightning.guard.renamed import forget_renamed
 from enstack_lightning.guard.repair import (
     Repair,
+    as_repaired,
     awaiting_repair,
     judged_after_repair,
     repair_checkpoint,
     repair_trainer,
 )
-from enstack_lightning.guard.resume_report import resume_lines
-from enstack_lightning.guard.rng import capture_random_state, restore_random_state
+from enstack_lightning.guard.restart import ExactRestart, exact_restart
+from enstack_lightning.guard.resume_report import log_scalars, resume_lines, resume_scalars
+from enstack_lightning.guard.resume_state import capture_resume_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 STATE_VERSION = 1
 
@@ -75,6 +97,14 @@ class CheckpointGuard(Callback):
             numbers before and after: a scheduler without state is fast-forwarded, a learning rate that was not restored
             is set to the schedule's, counters that are missing altogether are put back at an epoch's end. An optimizer
             without its moments trains on with fresh ones, which is a warning. What cannot be proven is left and said.
+        on_nonfinite: what a loss or a gradient norm that is not finite does. "warn": the first of a run of such steps
+            is said, with the parameters. "raise": the run ends with `CheckpointGuardError`, on the CPU before an
+            optimizer applies the gradients, on an accelerator within `log_every_n_steps` batches, so as not to wait for
+            it at each. In both cases a checkpoint whose trained weights or moments are not finite is saved aside as
+            `*.nonfinite`: it becomes neither the best nor the last one. "ignore": nothing of this.
+        save_on_signal: at SIGTERM or SIGUSR1 save `recovery_checkpoint.ckpt` in the folder of the run's checkpoints at
+            the end of the batch, on every rank after the same one, and only then let the process end as it would have
+            ended. A second signal ends it at once. With SLURM's requeueing, Lightning's own checkpoint is made then.
 
     Attributes:
         report: the report on the last checkpoint judged; None before the first.
@@ -95,6 +125,8 @@ class CheckpointGuard(Callback):
         verify_after_save: bool = False,
         fallback: Fallback = "none",
         repair: bool = False,
+        on_nonfinite: OnNonfinite = "warn",
+        save_on_signal: bool = True,
     ) -> None:
         join_imported_flavors()
         super().__init__()
@@ -111,6 +143,7 @@ class CheckpointGuard(Callback):
         self._checkpoint_io: GuardedCheckpointIO | None = None
         self.fallback: Fallback = fallback
         self.repair = repair
+        self._health = Health(on_nonfinite, save_on_signal, self.state_key)
         self.report: Report | None = None
         self.repairs: tuple[Repair, ...] = ()
         self._options = Options(
@@ -123,16 +156,18 @@ class CheckpointGuard(Callback):
             self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
         self._loaded: Facts | None = None
         self._decision = Decision(None)
-        self._configured_lrs: tuple[float, ...] = ()
-        self._run: dict[str, Any] = {}
-        self._random_state: dict[str, Any] | None = None
+        self._given = Configured()
+        self._run: RunFacts | None = None
+        self._trainer: Trainer | None = None
+        self._restart: ExactRestart | None = None
 
     # Before loading
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loaded = None
-        self._random_state = None
+        self._loaded = self._run = None
         self.repairs = ()
+        self._trainer = trainer
+        keep_random_state_of_workers(trainer)
         self._checkpoint_io = guard_checkpoint_io(
             trainer.strategy, lambda path: self._verify_file(trainer, path), self._options, self.verify_after_save
         )
@@ -170,6 +205,11 @@ class CheckpointGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         stop_guarding_loading(trainer)
+        self._health.stop()
+        stop_keeping_random_state_of_workers(trainer)
+        if self._restart is not None:
+            self._restart.uninstall()
+        self._restart = None
 
     # After loading
 
@@ -187,55 +227,97 @@ class CheckpointGuard(Callback):
             self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
         if trainer.state.fn == FITTING:
+            self._stop_where_nothing_is_left(trainer, loaded)
             self._loaded = loaded
+            self._restart = exact_restart(trainer, checkpoint, self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint_io is not None:
             remove_all_leftovers(trainer, self._checkpoint_io)
-        self._configured_lrs = learning_rates(trainer)
+        self._given = configured(trainer)
+        if self._loaded is None and self._decision.path is not None and self._decision.report is not None:
+            # A checkpoint without the entry `callbacks`: Lightning has not called on_load_checkpoint.
+            self._stop_where_nothing_is_left(trainer, self._decision.report.facts)
+            self._loaded = self._decision.report.facts
+        for doubt in doubts(trainer) if trainer.ckpt_path is None else ():
+            rank_zero_warn(f"CheckpointGuard: {doubt}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:
             restore_loader_position(trainer)
-        self._run = dataclasses.asdict(run_of(trainer))
+        self._run = run_of(trainer, self._given)
+        self._health.start(trainer, pl_module, self._checkpoint_io)
         if self._loaded is None:
             return
         path, loaded = str(trainer.ckpt_path), self._loaded
         if self.repair:
-            self.repairs += repair_trainer(trainer, loaded, trainer_facts(trainer, path, loaded))
+            live = trainer_facts(trainer, path, loaded, self._given)
+            self.repairs += repair_trainer(trainer, loaded, live)
+            loaded = as_repaired(loaded, live, self.repairs)
             for repair in self.repairs:
                 rank_zero_info(str(repair))
-        report = report_on(lambda: trainer_facts(trainer, path, loaded), path, self._options)
+        report = report_on(lambda: trainer_facts(trainer, path, loaded, self._given), path, self._options)
         self.report = judged_after_repair(report, self.repairs)
-        for line in resume_lines(self.report, self._configured_lrs, learning_rates(trainer)):
+        rates = self._given.learning_rates, learning_rates(trainer)
+        for line in resume_lines(self.report, *rates):
             rank_zero_info(line)
         self._stop_if_refused(self.report)
+        log_scalars(trainer, resume_scalars(self.report, *rates))
         for finding in self.report.of(Severity.WARNING):
             rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Creating the loader's iterator draws from the generators, so they are set right only now.
-        if self._random_state is not None:
-            restore_random_state(self._random_state)
-            self._random_state = None
+    # While training
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._loaded is not None and not self._run:
-            done = self._loaded.progress
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._health.before_backward(trainer, loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._health.before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._health.batch_end(trainer, pl_module, outputs)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._health.validation_batch_end(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._health.train_end(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._health.look(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._health.look(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._health.exception()
+        if self._loaded is None or self._run is not None or isinstance(exception, CheckpointGuardError):
+            return
+        # What torch says when it cannot restore an optimizer names neither the optimizer nor the parameters.
+        path, loaded = str(trainer.ckpt_path), self._loaded
+        options = dataclasses.replace(self._options, select=("CK911", "CK912", "CK913"))
+        report = report_on(lambda: trainer_facts(trainer, path, loaded), path, options)
+        for finding in (*report.of(Severity.ERROR), *report.of(Severity.WARNING)):
             rank_zero_warn(
-                f"CheckpointGuard: resuming from {trainer.ckpt_path} trained nothing: {done.epochs_completed} epochs "
-                f"and {done.global_step} steps are done, and the Trainer has max_epochs={trainer.max_epochs}, "
-                f"max_steps={trainer.max_steps}. Raise one of them to train on."
+                f"CheckpointGuard: {path} was not restored: {finding.code} {finding.message}. {finding.hint}"
             )
 
     # What is saved in every checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        run = {name: list(v) if isinstance(v, tuple) else v for name, v in self._run.items()}
-        return {"version": STATE_VERSION, "run": run, "versions": versions(), "random_state": capture_random_state()}
+        trainer, run = self._trainer, {}
+        if trainer is not None and self._run is not None:
+            run = run_entries(trainer, self._run, self._loaded)
+        return {"version": STATE_VERSION, "run": run, "versions": versions(), **capture_resume_state(self._trainer)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_state = state_dict.get("random_state")
+    def _stop_where_nothing_is_left(self, trainer: Trainer, loaded: Facts) -> None:
+        """What shows of the run's changes before anything is restored: above all that it would train nothing."""
+        options = dataclasses.replace(
+            self._options, select=("CK904", "CK905", "CK906", "CK909"), run_config=settings_before_restoring(trainer)
+        )
+        self._stop_if_refused(report_on(lambda: loaded, loaded.path, options))
 
     def _options_for(self, trainer: Trainer) -> Options:
         fitting = trainer.state.fn == FITTING

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.nonfinite import NonfiniteWatch, OnNonfinite
+from enstack_lightning.guard.preemption import Preemption
 from enstack_lightning.guard.sound_saves import SoundSaves
 
 if TYPE_CHECKING:
@@ -21,17 +22,20 @@ class Health:
 
     Args:
         on_nonfinite: see `CheckpointGuard`.
+        save_on_signal: see `CheckpointGuard`.
+        key: the guard's key among the callbacks of a checkpoint.
 
     Raises:
         CheckpointGuardError: `on_nonfinite` is not one of the three.
     """
 
-    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+    def __init__(self, on_nonfinite: OnNonfinite, save_on_signal: bool, key: str) -> None:
         if on_nonfinite not in get_args(OnNonfinite):
             wanted = ", ".join(get_args(OnNonfinite))
             raise CheckpointGuardError(f"on_nonfinite is {on_nonfinite!r} and must be one of {wanted}")
         self.watch = NonfiniteWatch(on_nonfinite)
         self.saves = SoundSaves()
+        self.preemption = Preemption(save_on_signal, key)
 
     def start(self, trainer: Trainer, module: LightningModule, checkpoint_io: GuardedCheckpointIO | None) -> None:
         """`on_train_start`, with everything restored."""
@@ -40,6 +44,7 @@ class Health:
             self.saves.start(trainer, module)
             if checkpoint_io is not None:
                 checkpoint_io.place_for = self.saves.place_for
+        self.preemption.start(trainer)
 
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """`on_before_backward`."""
@@ -52,11 +57,25 @@ class Health:
     def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         """`on_train_batch_end`."""
         self.watch.batch_end(trainer, module, outputs)
+        self.preemption.batch_end(trainer)
+
+    def validation_batch_end(self, trainer: Trainer) -> None:
+        """`on_validation_batch_end`."""
+        self.preemption.validation_batch_end(trainer)
+
+    def train_end(self, trainer: Trainer) -> None:
+        """`on_train_end`."""
+        self.preemption.train_end(trainer)
 
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """`on_train_epoch_end`, and before a checkpoint is saved."""
         self.watch.look(trainer, module)
 
+    def exception(self) -> None:
+        """`on_exception`, after which other callbacks may still save."""
+        self.preemption.stop()
+
     def stop(self) -> None:
         """`teardown`."""
+        self.preemption.stop()
         self.saves.stop()

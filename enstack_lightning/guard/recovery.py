@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
+RECOVERY_NAME = "recovery_checkpoint"
+
+
 class RecoveryCheckpoint(ModelCheckpoint):
     """Saves every N optimizer steps under one name, and removes the file once a younger checkpoint stands.
 
@@ -28,9 +31,20 @@ class RecoveryCheckpoint(ModelCheckpoint):
     """
 
     def __init__(
-        self, dirpath: str | None = None, filename: str = "recovery_checkpoint", every_n_train_steps: int = 500
+        self, dirpath: str | None = None, filename: str = RECOVERY_NAME, every_n_train_steps: int = 500
     ) -> None:
-        super().__init__(dirpath=dirpath, filename=filename, every_n_train_steps=every_n_train_steps)
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,  # one name, also over the file of a run before
+        )
+
+    def about_to_save(self, trainer: Trainer) -> str:
+        """Takes note of a save outside its turn, before it is made; returns the path to save to."""
+        self.best_model_path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+        self._last_global_step_saved = trainer.global_step
+        return self.best_model_path
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

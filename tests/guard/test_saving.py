@@ -30,7 +30,7 @@ from enstack_lightning.errors import CheckpointSaveError
 from enstack_lightning.guard import saving
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.comparing import first_difference
-from enstack_lightning.guard.retention import RESUMABLE, Retention
+from enstack_lightning.guard.retention import RESUMABLE, Level, Retention
 from enstack_lightning.guard.saving import remove_leftovers, staging
 
 DIGESTS = Options(digests=True)
@@ -525,14 +525,34 @@ def test_two_checkpoints_do_not_go_for_each_others_sake(trained: Path, tmp_path:
     one, other = (str(tmp_path / f"step={n}.ckpt") for n in (1, 2))
     for n, path in enumerate((one, other), start=1):
         saves.save_checkpoint(torch.load(trained / f"step={n}.ckpt"), path)
-    retention.saved(one, RESUMABLE)
+    retention.saved(one, Level(RESUMABLE, 1))
     retention.announce(other)
     Path(other).rename(tmp_path / "not yet")
     assert not retention.may_remove(one)
     assert not retention.may_remove(other)
     (tmp_path / "not yet").rename(other)
-    assert retention.saved(other, RESUMABLE) == [one]
+    assert retention.saved(other, Level(RESUMABLE, 2)) == [one]
     assert not retention.may_remove(other)  # `one` is about to go, in whatever thread
+
+
+def test_the_newest_stays_where_an_older_one_stands_until_its_successor_does(tmp_path: Path) -> None:
+    """A resumed run leaves the one that it came from, and background saves ask for the one before to go early."""
+    fit(tmp_path, every_step(tmp_path), max_epochs=1)
+    trainer = fit(tmp_path, max_epochs=1)
+    for step in (5, 3):
+        trainer.strategy.remove_checkpoint(tmp_path / f"step={step}.ckpt")
+    assert names(tmp_path) == with_manifests(*(f"step={n}.ckpt" for n in (1, 2, 4, 5)))
+    trainer.save_checkpoint(tmp_path / "successor.ckpt")
+    assert names(tmp_path) == with_manifests(*(f"step={n}.ckpt" for n in (1, 2, 4)), "successor.ckpt")
+
+
+def test_what_no_search_finds_goes_when_asked_and_nothing_goes_for_its_sake(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, max_epochs=1)
+    for name in ("a.ckpt", ".b.ckpt"):
+        trainer.save_checkpoint(tmp_path / name)
+    trainer.strategy.remove_checkpoint(tmp_path / "a.ckpt")
+    trainer.strategy.remove_checkpoint(tmp_path / ".b.ckpt")
+    assert names(tmp_path) == with_manifests("a.ckpt")
 
 
 def test_a_link_to_the_checkpoint_is_no_second_one(tmp_path: Path) -> None:

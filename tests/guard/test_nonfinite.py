@@ -1,0 +1,359 @@
+"""Losses, gradients and weights that are not finite, in real Trainers: said once, stopped in time, never the best."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import BATCHES, TinyModule, every_step, quiet_trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from enstack_lightning import CheckpointGuard, CheckpointGuardError, RecoveryCheckpoint
+from enstack_lightning.checkpoint import find_checkpoints, find_last_good
+from enstack_lightning.checkpoint.verify import verify_checkpoint
+from enstack_lightning.errors import CheckpointError
+from enstack_lightning.guard.choice import choose_newest
+from enstack_lightning.guard.nonfinite import nonfinite_among
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Sick(TinyModule):
+    """Its loss is multiplied by `factor` in some steps, counted from 0 over the run."""
+
+    def __init__(self, *steps: int, factor: float = NAN, form: str = "tensor") -> None:
+        super().__init__()
+        self.steps, self.factor, self.form = steps, factor, form
+        self.seen = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+        loss = super().training_step(batch) * (self.factor if self.seen in self.steps else 1.0)
+        self.log("loss", loss)
+        self.seen += 1
+        if self.form == "none" and self.seen % 2 == 0:
+            return None
+        return {"loss": loss, "other": "value"} if self.form == "dict" else loss
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * INF
+
+
+class SickGradient(TinyModule):
+    """A finite loss whose gradient is not, for one of its two layers, in some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.second = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        weight = self.second.weight
+        if len(self.losses) in self.steps:
+            weight = _InfiniteGradient.apply(weight)
+        loss: Tensor = super().training_step(batch) + torch.nn.functional.linear(batch[0], weight).square().mean()
+        return loss
+
+
+class Gan(LightningModule):
+    def __init__(self, sick_step: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.sick_step = sick_step
+        self.generator, self.discriminator = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        generator, discriminator = optimizers
+        for optimizer in (discriminator, generator):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            rows = batch[0] if optimizer is discriminator else self.generator(batch[0])
+            is_sick = optimizer is generator and batch_idx == self.sick_step
+            self.manual_backward(self.discriminator(rows).square().mean() * (INF if is_sick else 1.0))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (self.generator, self.discriminator)], []
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.ones(20, 4)), batch_size=4)
+
+
+def fit(folder: Path, module: LightningModule, *callbacks: Callback, action: Any = "warn", **options: Any) -> list[str]:
+    """Trains; returns the guard's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(folder, CheckpointGuard(on_nonfinite=action), *callbacks, **options).fit(module)
+    said = [str(w.message) for w in caught]
+    return [s for s in said if s.startswith("CheckpointGuard") and "not a" not in s]
+
+
+def about_steps(said: list[str]) -> list[str]:
+    return [s for s in said if " in step " in s]
+
+
+def finite(module: torch.nn.Module) -> bool:
+    return all(torch.isfinite(p).all() for p in module.parameters())
+
+
+# Losses and gradients
+
+
+def test_a_healthy_run_says_nothing(tmp_path: Path) -> None:
+    assert fit(tmp_path, TinyModule(), every_step(tmp_path)) == []
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict"])
+def test_the_first_of_a_run_of_bad_steps_is_said_with_step_and_parameters(form: str, tmp_path: Path) -> None:
+    said = about_steps(fit(tmp_path, Sick(7, 8, 9, form=form), max_epochs=2))
+    assert len(said) == 1
+    assert (
+        "the loss is nan and the gradient norm is not finite for layer.weight, layer.bias in step 8 (epoch 1)"
+        in said[0]
+    )
+
+
+class Healed(Callback):
+    """Puts the weights and the optimizer of the step before back, as a skipping training loop would."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            for p in pl_module.parameters():
+                p.nan_to_num_(0.1)
+        trainer.optimizers[0].state.clear()
+
+
+def test_two_runs_of_bad_steps_are_said_apart(tmp_path: Path) -> None:
+    said = about_steps(fit(tmp_path, Sick(2, 3, 8), Healed(), max_epochs=2))
+    assert [s.partition(" in step ")[2].split(" ")[0] for s in said] == ["3", "9"]
+
+
+def test_a_gradient_alone_names_the_parameters_that_have_it(tmp_path: Path) -> None:
+    said = about_steps(fit(tmp_path, SickGradient(6)))
+    assert len(said) == 1
+    assert said[0].startswith("CheckpointGuard: the gradient norm is not finite for second.weight in step 7 (epoch 1)")
+
+
+def test_many_parameters_are_counted_and_not_all_listed(tmp_path: Path) -> None:
+    module = Sick(3)
+    module.layer = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(10)))  # type: ignore[assignment]
+    (said,) = about_steps(fit(tmp_path, module, max_epochs=1))
+    assert (
+        "for layer.0.weight, layer.0.bias, layer.1.weight, layer.1.bias, layer.2.weight and 15 more in step 4" in said
+    )
+
+
+@pytest.mark.parametrize("module", [Sick(6), SickGradient(6)], ids=["loss", "gradient"])
+def test_raise_ends_the_run_with_the_weights_as_they_were(module: TinyModule, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointGuardError, match=r"not finite for .* in step 7 \(epoch 1\)"):
+        fit(tmp_path, module, action="raise")
+    assert finite(module)
+    assert len(module.losses) == 7
+
+
+def test_raise_with_accumulation_ends_before_the_window_is_applied(tmp_path: Path) -> None:
+    module = Sick(0)
+    with pytest.raises(CheckpointGuardError, match=r"the loss is nan in step 1 "):
+        fit(tmp_path, module, action="raise", accumulate_grad_batches=2)
+    assert len(module.losses) == 1
+    assert finite(module)
+
+
+def test_ignore_does_nothing_at_all(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=1)
+    assert fit(tmp_path, Sick(2), saves, action="ignore") == []
+    assert Path(saves.best_model_path).name == "step=15.ckpt"
+
+
+def test_steps_without_a_loss(tmp_path: Path) -> None:
+    assert fit(tmp_path, Sick(form="none")) == []
+    assert len(about_steps(fit(tmp_path, Sick(2, form="none")))) == 1
+
+
+def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
+    (said,) = about_steps(fit(tmp_path, Gan(sick_step=1), max_epochs=1))
+    assert "the loss is inf and the gradient norm is not finite for generator.weight, generator.bias in step 4 " in said
+    assert fit(tmp_path, Gan(sick_step=-1)) == []
+    module = Gan(sick_step=1)
+    with pytest.raises(CheckpointGuardError, match=r"generator\.weight"):
+        fit(tmp_path, module, action="raise")
+    assert finite(module)
+
+
+def test_a_step_that_the_scaler_skips_is_not_reported(tmp_path: Path) -> None:
+    def scaled() -> MixedPrecision:
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**15))
+
+    module = SickGradient(3)
+    assert fit(tmp_path, module, plugins=[scaled()]) == []
+    assert finite(module)
+    assert len(about_steps(fit(tmp_path, Sick(3), plugins=[scaled()]))) == 1
+
+
+def test_an_action_that_is_none_is_refused() -> None:
+    with pytest.raises(CheckpointGuardError, match="on_nonfinite is 'stop' and must be one of warn, raise, ignore"):
+        CheckpointGuard(on_nonfinite="stop")  # type: ignore[arg-type]
+
+
+# Checkpoints
+
+
+class Loses(Callback):
+    """Lets a weight become not finite after some batch, as an optimizer step would."""
+
+    def __init__(self, at: int, moment: bool = False) -> None:
+        self.at, self.moment = at, moment
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.batches += 1
+        if self.batches == self.at:
+            weight = pl_module.get_parameter("layer.weight")
+            with torch.no_grad():
+                (trainer.optimizers[0].state[weight]["exp_avg_sq"] if self.moment else weight)[0, 0] = NAN
+
+
+def monitored(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="best-{step}", monitor="loss", every_n_train_steps=1, **options)
+
+
+class Logs(TinyModule):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().training_step(batch)
+        self.log("loss", -float(len(self.losses)))  # each step is the best so far
+        return loss
+
+
+def ckpts(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".json"))
+
+
+@pytest.mark.parametrize("moment", [False, True], ids=["weight", "moment"])
+@pytest.mark.parametrize("plugins", [None, [AsyncCheckpointIO()]], ids=["plain", "async"])
+def test_bad_weights_become_neither_best_nor_last(moment: bool, plugins: Any, tmp_path: Path) -> None:
+    saves = monitored(tmp_path, save_top_k=1, save_last=True)
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), Loses(8, moment), saves, plugins=plugins, max_epochs=2)
+    what = "exp_avg_sq of parameter 0 in optimizer 0" if moment else r"layer\.weight"
+    with pytest.warns(UserWarning, match=rf"{what} is not finite at step 8\. .*best-step=8\.ckpt\.nonfinite; .*step=7"):
+        trainer.fit(Logs())
+    assert ckpts(tmp_path) == ["best-step=7.ckpt", "best-step=8.ckpt.nonfinite", "last.ckpt"]
+    assert Path(saves.best_model_path) == tmp_path / "best-step=7.ckpt"
+    assert [Path(p).name for p in saves.best_k_models] == ["best-step=7.ckpt"]
+    assert Path(saves.last_model_path) == tmp_path / "last.ckpt"
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 7
+    good = find_last_good(tmp_path)
+    assert good is not None
+    assert Path(good.path).name in ("best-step=7.ckpt", "last.ckpt")
+    module = Logs()
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, ckpt_path="best")
+    assert trainer.ckpt_path == str(tmp_path / "best-step=7.ckpt")
+    assert finite(module)
+
+
+def test_top_k_keeps_what_it_had(tmp_path: Path) -> None:
+    saves = monitored(tmp_path, save_top_k=3)
+    with pytest.warns(UserWarning, match="layer.weight is not finite at step 8"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(8), saves).fit(Logs())
+    kept = ["best-step=5.ckpt", "best-step=6.ckpt", "best-step=7.ckpt"]
+    assert ckpts(tmp_path) == [*kept, "best-step=8.ckpt.nonfinite"]
+    assert sorted(Path(p).name for p in saves.best_k_models) == kept
+
+
+def test_the_recovery_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    recovery = RecoveryCheckpoint(str(tmp_path), every_n_train_steps=2)
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(5), recovery, max_epochs=2).fit(TinyModule())
+    assert torch.load(tmp_path / "recovery_checkpoint.ckpt")["global_step"] == 4
+    assert "recovery_checkpoint.ckpt.nonfinite" in ckpts(tmp_path)
+
+
+class SavesByHand(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("plugins", [None, [AsyncCheckpointIO()]], ids=["plain", "async"])
+def test_what_is_saved_by_hand_does_not_replace_the_good_one(plugins: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.ckpt"
+    with pytest.warns(
+        UserWarning, match=r"layer\.weight, .* in the checkpoint for .*mine\.ckpt\. It is saved aside as"
+    ):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(4), SavesByHand(path), plugins=plugins, max_epochs=1).fit(
+            TinyModule()
+        )
+    assert ckpts(tmp_path) == ["mine.ckpt", "mine.ckpt.nonfinite"]
+    assert torch.load(path)["global_step"] in (3, 4)
+    assert torch.isfinite(torch.load(path)["state_dict"]["layer.weight"]).all()
+    assert verify_checkpoint(tmp_path / "mine.ckpt.nonfinite").facts.progress.global_step == BATCHES
+
+
+def test_nothing_takes_what_was_set_aside(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no checkpoint stands yet"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(1), every_step(tmp_path), max_epochs=1).fit(TinyModule())
+    assert ckpts(tmp_path) == ["step=1.ckpt.nonfinite"]
+    assert list(find_checkpoints(tmp_path)) == []
+    assert find_last_good(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"step=1\.ckpt\.nonfinite was set aside"):
+        choose_newest([tmp_path], lambda path: verify_checkpoint(path))
+
+
+class Mask(TinyModule):
+    """With the infinities that healthy models hold: a mask, a best metric, a frozen and a trained parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((2,), -INF))
+        self.register_buffer("best", torch.tensor(NAN))
+        self.frozen = torch.nn.Parameter(torch.full((2,), INF), requires_grad=False)
+        self.barrier = torch.nn.Parameter(torch.tensor([0.0, -INF]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss: Tensor = super().training_step(batch) + self.barrier[0].square()
+        return loss
+
+
+def test_infinities_that_a_model_holds_from_the_start_are_no_alarm(tmp_path: Path) -> None:
+    assert fit(tmp_path, Mask(), every_step(tmp_path)) == []
+    assert len(ckpts(tmp_path)) == 3 * BATCHES
+
+
+def test_callbacks_are_as_they_were_afterwards(tmp_path: Path) -> None:
+    saves = every_step(tmp_path)
+    fit(tmp_path, TinyModule(), saves)
+    assert not [name for name in vars(saves) if name.startswith("_save_") and callable(vars(saves)[name])]
+
+
+def test_every_kind_of_tensor_is_looked_at() -> None:
+    kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    good = {str(k): torch.full((3,), 6e4, dtype=k) for k in kinds}  # its norm is more than a half can hold
+    others = {
+        "long": torch.tensor([1]),
+        "empty": torch.empty(0),
+        "meta": torch.empty(2, device="meta"),
+        "large": torch.full((4,), 3e38),
+        "sparse": torch.eye(2).to_sparse(),
+    }
+    assert nonfinite_among({**good, **others}) == []
+    bad = {f"bad {k}": torch.tensor([1.0, v], dtype=k) for k in kinds for v in (NAN, -INF)}
+    assert nonfinite_among({**good, **bad, **others}) == list(bad)
+    assert nonfinite_among({"sparse": torch.tensor([[0.0, NAN]]).to_sparse()}) == ["sparse"]
