@@ -6,6 +6,7 @@ trained with becomes the defaults, below the config file and the command line; t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from enstack_lightning.checkpoint import Options, Report, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
@@ -45,11 +47,17 @@ def main(argv: Sequence[str]) -> int:
     _silence_what_users_cannot_act_on()
     try:
         EnStackCLI(data_path_spelled_out(argv))
+    except _FinishedError as e:
+        rank_zero_info(str(e))
     except (MisconfigurationException, ValueError) as e:
         if isinstance(e, ValueError) and not _raised_in_lightning(e):
             raise
         raise EnStackError(" ".join(str(e).split())) from e
     return 0
+
+
+class _FinishedError(Exception):
+    """The run of `--ckpt_path auto` has nothing left to train: no failure, since one command line serves all starts."""
 
 
 def data_path_spelled_out(argv: Sequence[str]) -> list[str]:
@@ -142,12 +150,15 @@ class EnStackCLI(LightningCLI):
 
         Raises:
             CheckpointError: there are checkpoints and none is good, or there is nothing to evaluate.
+            _FinishedError: the run has ended.
         """
         config = self.config[subcommand]
         folders = [config[name].dirpath or _folder_of_run(config) for name in _CHECKPOINTS]
         guard = config.checkpoint_guard
         newest = choose_newest(folders, lambda path: _verified(path, subcommand, guard), guard.strict)
         if newest is not None:
+            if subcommand == "fit" and (done := _whats_done(newest, config.trainer)):
+                raise _FinishedError(f"ckpt_path auto   {newest.path}: nothing left to train, {done}")
             plan = f": {newest.resume.sentence}" if newest.resume is not None else ""
             rank_zero_info(f"ckpt_path auto   {newest.path}{plan}")
             return newest.path
@@ -264,6 +275,16 @@ def _options_of(subcommand: str, guard: Any) -> Options:
         tolerance=guard.step_tolerance,
         allow_globals=frozenset(guard.allow_globals or ()),
     )
+
+
+def _whats_done(report: Report, trainer: Any) -> str | None:
+    """The sentence on a checkpoint at which a Trainer with these options would end at once; None where it goes on."""
+    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
+    if max_epochs is None and max_steps == -1:
+        max_epochs = 1_000  # Lightning's own default
+    run = dataclasses.replace(report.facts.run, max_epochs=max_epochs, max_steps=max_steps)
+    plan = plan_resume(dataclasses.replace(report.facts, run=run))
+    return plan.sentence if plan is not None and plan.kind == "finished" else None
 
 
 def _folder_of_run(config: Any) -> str:

@@ -53,8 +53,13 @@ def test_one_command_line_starts_restarts_and_ends(
         assert main(call_of(started, run, 2)) == 0
         assert f"ckpt_path auto   {run / 'checkpoints'}" in caplog.text
         assert steps(run) == 12
-        with pytest.warns(UserWarning, match="trained nothing: 2 epochs and 12 steps are done"):
-            assert main(call_of(started, run, 2)) == 0
+        caplog.clear()
+        saved = {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")}
+        assert main(call_of(started, run, 2)) == 0
+        (line,) = [r.getMessage() for r in caplog.records]
+        assert line.startswith(f"ckpt_path auto   {run / 'checkpoints'}")
+        assert "nothing left to train, finished: 2 of 2 epochs done, 12 steps taken; raise max_epochs" in line
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")} == saved
     assert yaml.safe_load(next(run.rglob("config.yaml")).read_text())["ckpt_path"] == "auto"
 
 

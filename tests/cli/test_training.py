@@ -169,10 +169,12 @@ def test_predict_classifies_other_functions_with_the_checkpoints_own_tokenizer(
     assert [p.name for p in output.parent.iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_finished_run_says_that_resuming_trains_nothing(fitted: tuple[Path, list[str]]) -> None:
+def test_a_finished_run_says_that_resuming_would_train_nothing(
+    fitted: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     run, arguments = fitted
-    with pytest.warns(UserWarning, match="trained nothing: 2 epochs and 48 steps are done"):
-        assert main(["fit", *arguments, "--ckpt_path", str(run / "checkpoints" / "last_checkpoint.ckpt")]) == 0
+    assert main(["fit", *arguments, "--ckpt_path", str(run / "checkpoints" / "last_checkpoint.ckpt")]) == 1
+    assert "CK906 max_epochs is 2, and 2 epochs are done: the run would train nothing" in capsys.readouterr().err
 
 
 # Wrong calls: one sentence, the right status
