@@ -28,7 +28,7 @@ from enstack_lightning.guard.flavor import (
     rank_zero_info,
     rank_zero_warn,
 )
-from enstack_lightning.guard.retention import BAD, Retention
+from enstack_lightning.guard.retention import BAD, Level, Retention
 from enstack_lightning.guard.save_manifest import remove_manifest, without_manifest, write_save_manifest
 from enstack_lightning.guard.saving import (
     DurableFile,
@@ -116,7 +116,7 @@ class GuardedCheckpointIO(CheckpointIO):
         finally:
             self.retention.settle(_name(asked))
 
-    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, int]:
+    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, Level]:
         """Saves; returns where the checkpoint stands now, and how good it is."""
         with staging(target) as staged:
             entry = self._write(checkpoint, staged, storage_options)
@@ -126,7 +126,7 @@ class GuardedCheckpointIO(CheckpointIO):
 
     def commit(
         self, checkpoint: Mapping[str, Any], staged: Path, target: Path, entries: Sequence[ManifestEntry] | None
-    ) -> tuple[str, int]:
+    ) -> tuple[str, Level]:
         """Puts what is written and on the disk in its place, and its manifest beside it.
 
         Returns:
@@ -195,10 +195,10 @@ class GuardedCheckpointIO(CheckpointIO):
             said = "; ".join(f"{f.code} {f.message}" for f in damage)
             raise CheckpointGuardError(f"what was read back is damaged: {said}")
 
-    def _judged(self, staged: Path, target: Path) -> tuple[Path, int]:
+    def _judged(self, staged: Path, target: Path) -> tuple[Path, Level]:
         """Where to put a checkpoint, and how good it is: not over the last one that verified, unless it does too."""
         level, report = self.retention.level(str(staged))
-        if level > BAD or target.name.endswith(NONFINITE_SUFFIX):
+        if level.quality > BAD or target.name.endswith(NONFINITE_SUFFIX):
             return target, level
         said = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.ERROR))
         if os.path.lexists(target) and not target.is_symlink() and self.retention.is_last_good(str(target)):
@@ -271,7 +271,7 @@ class GuardedCheckpointIO(CheckpointIO):
         plain = is_just(self.checkpoint_io, "TorchCheckpointIO") and not is_url(name)
         return plain and path.is_dir() and not path.is_symlink()
 
-    def release(self, name: str, level: int) -> None:
+    def release(self, name: str, level: Level) -> None:
         for kept in self.retention.saved(name, level):
             rank_zero_info(f"CheckpointGuard: {kept} goes now, for {name} has verified")
             try:

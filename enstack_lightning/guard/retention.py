@@ -11,16 +11,24 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
-from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX
+from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, SET_ASIDE_SUFFIXES
 from enstack_lightning.guard.saving import same_file
 
 Judge = Callable[[str, Options], Report]
 
 RESUMABLE, USABLE, BAD = 2, 1, 0
 """A checkpoint that training can resume from, one for inference only, one that does not verify."""
+
+
+class Level(NamedTuple):
+    """How good a checkpoint is, and how far the training was."""
+
+    quality: int
+    steps: int = -1
 
 
 class Retention:
@@ -34,11 +42,13 @@ class Retention:
     def __init__(self, options: Options, judge: Judge = verify_checkpoint) -> None:
         self._options = options
         self._judge = judge
-        self._levels: dict[str, tuple[object, int]] = {}
+        self._levels: dict[str, tuple[object, Level]] = {}
         self._kept: dict[str, None] = {}
         self._announced: Counter[str] = Counter()
         self._unwanted: set[str] = set()
         self._going: set[str] = set()
+        self._saved: dict[str, int] = {}
+        self._count = 0
         self._lock = threading.RLock()
         self.judge_by(options)
 
@@ -48,7 +58,7 @@ class Retention:
             quick = dataclasses.replace(options, deep=False, purpose="resume")
             if quick != self._options:
                 self._options = quick
-                self._levels = dict.fromkeys(self._levels, (None, BAD))
+                self._levels = dict.fromkeys(self._levels, (None, Level(BAD)))
 
     def announce(self, path: str) -> None:
         """Remembers that a save to `path` is queued: what is asked to go before it stands, goes after."""
@@ -63,21 +73,23 @@ class Retention:
             if self._announced[path] > 0:
                 self._announced[path] -= 1
 
-    def level(self, path: str) -> tuple[int, Report]:
+    def level(self, path: str) -> tuple[Level, Report]:
         """How good the checkpoint at `path` is, and the report that says why."""
         report = self._judge(path, self._options)
+        steps = report.facts.progress.global_step
+        steps = -1 if steps is None else steps
         if path.endswith(NONFINITE_SUFFIX):
-            return BAD, report
+            return Level(BAD, steps), report
         if report.verdict is not Verdict.FAIL and report.resume is not None and report.resume.kind != "not-resumable":
-            return RESUMABLE, report
+            return Level(RESUMABLE, steps), report
         for_inference = self._judge(path, dataclasses.replace(self._options, purpose="inference"))
-        return (BAD if for_inference.verdict is Verdict.FAIL else USABLE), report
+        return Level(BAD if for_inference.verdict is Verdict.FAIL else USABLE, steps), report
 
     def report(self, path: str, deep: bool) -> Report:
         """What verifying the checkpoint at `path` finds."""
         return self._judge(path, dataclasses.replace(self._options, deep=deep))
 
-    def saved(self, path: str, level: int) -> list[str]:
+    def saved(self, path: str, level: Level) -> list[str]:
         """Remembers that a checkpoint of this level was just saved at `path`.
 
         Returns:
@@ -89,10 +101,12 @@ class Retention:
                 self._kept[path] = None
             self._levels[path] = _signature(path), level
             self._going.discard(path)
+            self._count += 1
+            self._saved[path] = self._count
             return [kept for kept in self._kept if self._may_go(kept)]
 
     def may_remove(self, path: str) -> bool:
-        """Whether a checkpoint may go: it is a link, it does not verify, or another one as good stands.
+        """Whether a checkpoint may go: it is a link, it does not verify, or another one as good and as far on stands.
 
         One that may not is remembered, for `saved` to name it later.
         """
@@ -110,28 +124,29 @@ class Retention:
         with self._lock:
             self._kept.pop(path, None)
             self._levels.pop(path, None)
+            self._saved.pop(path, None)
             self._going.discard(path)
 
-    def level_now(self, path: str) -> int:
+    def level_now(self, path: str) -> Level:
         """How good the checkpoint is that stands at `path`; judged anew only if it has changed."""
         with self._lock:
             signature = _signature(path)
             if signature is None:
                 self._levels.pop(path, None)
-                return BAD
+                return Level(BAD)
             if path not in self._levels or self._levels[path][0] != signature:
                 self._levels[path] = signature, self.level(path)[0]
             return self._levels[path][1]
 
     def is_last_good(self, path: str) -> bool:
-        """Whether no other checkpoint as good as that at `path` is known."""
+        """Whether no other checkpoint as good and as far on as that at `path` is known."""
         with self._lock:
-            return self.level_now(path) > BAD and not self._is_spare(path)
+            return self.level_now(path).quality > BAD and not self._is_spare(path)
 
     def newest_good(self, besides: str = "") -> str:
         """The checkpoint saved last, of those that verified; empty where there is none."""
         with self._lock:
-            return next((p for p in reversed(self._levels) if p != besides and self.level_now(p) > BAD), "")
+            return next((p for p in reversed(self._levels) if p != besides and self.level_now(p).quality > BAD), "")
 
     def _may_go(self, path: str) -> bool:
         """Whether a checkpoint is spare; from now on it is none for whose sake another may go."""
@@ -144,7 +159,17 @@ class Retention:
         if not is_url(path) and (os.path.islink(path) or not os.path.lexists(path)):  # noqa: PTH114
             return True
         level = self.level_now(path)
-        return level == BAD or any(self.level_now(other) >= level for other in self._others(path))
+        return (
+            level.quality == BAD
+            or not _is_searched_for(path)
+            or any(self._replaces(other, path, level) for other in self._others(path))
+        )
+
+    def _replaces(self, other: str, path: str, level: Level) -> bool:
+        """Whether `other` is as good as the checkpoint at `path`, and as far on or saved after it by this run."""
+        quality, steps = self.level_now(other)
+        after = self._saved.get(other, 0) > self._saved.get(path, 0)
+        return quality >= level.quality and (after or steps >= level.steps)
 
     def _others(self, path: str) -> Iterator[str]:
         """Checkpoints that are no other name of `path`: those saved by this run, newest first, and those beside it.
@@ -154,9 +179,15 @@ class Retention:
         seen = {_real(path), *map(_real, self._going)}
         beside = () if is_url(path) else map(str, find_checkpoints(Path(path).parent))
         for other in (*reversed(self._levels), *beside):
-            if _real(other) not in seen:
+            if _real(other) not in seen and _is_searched_for(other):
                 seen.add(_real(other))
                 yield other
+
+
+def _is_searched_for(path: str) -> bool:
+    """Whether a search for the last good checkpoint looks at such a name."""
+    name = path.rstrip("/").rpartition("/")[2]
+    return not name.startswith(".") and not name.endswith(SET_ASIDE_SUFFIXES)
 
 
 def _real(path: str) -> str:
