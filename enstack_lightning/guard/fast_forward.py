@@ -80,8 +80,7 @@ def fast_forward(scheduler: LRScheduler, steps: int) -> Forwarded:
             many to be made and it has no closed form, or a function of the user's own raises or keeps a state.
     """
     _check_known(scheduler)
-    functions = [function.__dict__ for function in _functions_of(scheduler) if getattr(function, "__dict__", None)]
-    before = copy.deepcopy(functions)
+    kept = [(function, dict(state)) for function in _functions_of(scheduler) if (state := _state_of(function))]
     optimizer = _Groups(scheduler)
     twin = _twin(scheduler, optimizer)
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -92,7 +91,10 @@ def fast_forward(scheduler: LRScheduler, steps: int) -> Forwarded:
         raise
     except Exception as e:  # torch's own (OneCycleLR beyond its end), or that of a function of the user's
         raise CannotForwardError(f"it cannot make {steps:,} steps: {e}") from e
-    if _differ(before, functions):
+    changed = [(function, state) for function, state in kept if _differ(state, _state_of(function))]
+    for function, state in changed:
+        function.__dict__.update(state)
+    if changed:
         raise CannotForwardError("its function keeps a state of its own, which is lost")
     return Forwarded(twin.state_dict(), optimizer.driven(), exact)
 
@@ -154,11 +156,13 @@ def _functions_of(scheduler: Any) -> list[Any]:
     return [f for f in own if f is not None] + [f for part in _parts(scheduler) for f in _functions_of(part)]
 
 
-def _differ(before: list[Any], after: list[Any]) -> bool:
-    try:
-        return bool(before != after)
-    except (RuntimeError, ValueError):  # tensors and arrays do not compare to one truth
-        return True
+def _state_of(function: Any) -> dict[str, Any]:
+    return getattr(function, "__dict__", {})
+
+
+def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether an attribute was set; what one refers to may be a whole model, and is not looked into."""
+    return before.keys() != after.keys() or any(value is not after[name] for name, value in before.items())
 
 
 # The twin

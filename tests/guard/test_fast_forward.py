@@ -217,6 +217,26 @@ def test_what_cannot_be_known_is_refused_with_a_reason(make: Make, why: str) -> 
         fast_forward(make(optimizer_of_two()), 30)
 
 
+def test_a_function_with_a_state_keeps_it_where_it_was() -> None:
+    counting = Counting()
+    scheduler = LambdaLR(optimizer_of_two(), counting)
+    calls = counting.calls
+    with pytest.raises(CannotForwardError):
+        fast_forward(scheduler, 30)
+    assert counting.calls == calls
+
+
+def test_a_function_that_only_holds_settings_is_asked() -> None:
+    class Warmup:
+        def __init__(self, steps: int) -> None:
+            self.steps = steps
+
+        def __call__(self, step: int) -> float:
+            return min(1.0, step / self.steps)
+
+    assert fast_forward(LambdaLR(optimizer_of_two(), Warmup(60)), 30).rates == (0.05, 0.025)
+
+
 def test_positions_are_told_for_chains_too() -> None:
     for name, make in SCHEDULES.items():
         assert position_of(stepped(make, 3)[0]) == 3, name

@@ -255,6 +255,23 @@ def test_an_optimizer_that_keeps_nothing_loses_nothing(lose: Edit, whole: Whole,
     check_goes_on_as(never_stopped, resumed, 7)
 
 
+@pytest.mark.parametrize(("edit", "saved", "done"), [(lose_schedulers, "step=4", 4), (lose_loops, "epoch=1", 6)])
+def test_accumulated_steps_are_counted_as_steps(edit: Edit, saved: str, done: int, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    never_stopped = Scheduled()
+    saves = every_step(tmp_path), every_epoch(tmp_path)
+    quiet_trainer(tmp_path, CheckpointGuard(), *saves, accumulate_grad_batches=2).fit(never_stopped)
+    path = edited(tmp_path / f"{saved}.ckpt", tmp_path / "c.ckpt", edit)
+    guard, module = CheckpointGuard(repair=True), Scheduled()
+    quiet_trainer(tmp_path, guard, accumulate_grad_batches=2).fit(module, ckpt_path=path)
+    assert [r.changed for r in guard.repairs] == [True]
+    assert module.groups == never_stopped.groups[-len(module.groups) :]
+    assert module.trainer.global_step == never_stopped.trainer.global_step == 9
+    assert f"fast-forwarded {done} steps = (1 epoch x 3 steps) + 1 mid-epoch" in str(guard.repairs[0]) or (
+        f"global_step 0 before, {done} after" in str(guard.repairs[0])
+    )
+
+
 # What contradicts itself is left
 
 
@@ -335,6 +352,35 @@ def test_several_schedules_on_one_optimizer_are_left(kept: int, tmp_path: Path) 
 
     path = edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", lose)
     check_left(resume(path, tmp_path, TwoSchedules()), f"the checkpoint has {kept} of 2 schedulers")
+
+
+class Two(TinyModule):
+    """Manual optimization with two optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = torch.nn.Linear(4, 2)
+
+    def configure_optimizers(self) -> Any:
+        return [AdamW(self.layer.parameters(), lr=LEARNING_RATE), AdamW(self.other.parameters(), lr=LEARNING_RATE)]
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        for optimizer, layer in zip(self.optimizers(), (self.layer, self.other), strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward(layer(batch[0]).square().mean())
+            optimizer.step()
+
+
+def test_one_of_two_optimizers_that_was_lost_is_the_one_that_is_named(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_epoch(tmp_path)).fit(Two())
+    path = edited(tmp_path / "epoch=1.ckpt", tmp_path / "c.ckpt", lambda c: c["optimizer_states"].pop())
+    with pytest.warns(UserWarning, match="CK402 optimizer 1 has no state"):
+        resumed = resume(path, tmp_path, Two())
+    check_left(resumed, "optimizer 1 (AdamW): the checkpoint lacks its moments after 20 steps")
+    assert resumed.trainer.global_step == 30
+    for optimizer, steps in zip(resumed.trainer.optimizers, (15, 5), strict=True):
+        assert {float(s["step"]) for s in optimizer.state.values()} == {steps}
 
 
 class ByHand(TinyModule):
