@@ -2,8 +2,8 @@
 
 `enstack ledger RUN_DIR` reads it. The format is described in `enstack_lightning.checkpoint.ledger_file`. A batch is
 written when it is done, with one small write, so a SIGKILL loses at most the batch that it falls into; with every
-checkpoint the file is brought to the disk. The checkpoint holds which start saved it and how many of its batches it
-contains, from which the reader knows what was trained and then rolled back.
+checkpoint the file is brought to the disk, lest the machine itself goes down. The checkpoint holds which start saved it
+and how many of its batches it contains, from which the reader knows what was trained and then rolled back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -258,6 +259,7 @@ class _LedgerFile:
     def __init__(self, folder: Path, header: Header) -> None:
         self.encoder = Encoder()
         self._fd = -1
+        self._syncing: threading.Thread | None = None
         self._path = folder / f"start-{header.start:04}-rank-{header.rank}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         try:
@@ -279,16 +281,27 @@ class _LedgerFile:
             self._give_up(e)
 
     def sync(self) -> None:
-        """Brings what was written to the disk."""
+        """Begins to bring what was written to the disk, while the checkpoint, which takes longer, goes there too."""
         if self._fd >= 0:
-            try:
-                os.fsync(self._fd)
-            except OSError as e:
-                self._give_up(e)
+            self.wait()
+            self._syncing = threading.Thread(target=self._sync, args=(self._fd,), name="ledger-sync", daemon=True)
+            self._syncing.start()
+
+    def wait(self) -> None:
+        """Waits until what `sync` has begun is done."""
+        if self._syncing is not None:
+            self._syncing.join()
+            self._syncing = None
+
+    def _sync(self, fd: int) -> None:
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            self._give_up(e)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self.sync()
+        self.sync()
+        self.wait()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -298,10 +311,10 @@ class _LedgerFile:
             f"SampleLedger cannot write {self._path} ({error.strerror}): training goes on without it, and "
             "`enstack ledger` will say from where the rows are not recorded"
         )
-        if self._fd >= 0:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
             with contextlib.suppress(OSError):
-                os.close(self._fd)
-            self._fd = -1
+                os.close(fd)
 
 
 def _next_start(folder: Path) -> int:
