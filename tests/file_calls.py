@@ -6,10 +6,13 @@ leaves half of its bytes. Where `power loss` is played, what was not synchronise
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,25 @@ def in_child(crash: CrashPoint, work: Callable[[Tell], None]) -> list[str]:
         tell(f"calls {' '.join(crash.made)}")
 
     return [line for line in run_child(crashing).said if line != "done"]
+
+
+@contextlib.contextmanager
+def full_disk(free_bytes: int) -> Iterator[None]:
+    """A disk that takes so many more bytes; the write that comes to its end is short, and what follows fails."""
+    write, left = os.write, free_bytes
+
+    def limited(fd: int, data: bytes | memoryview) -> int:
+        nonlocal left
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return write(fd, data)
+        if left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(fd, memoryview(data)[:left])
+        left -= written
+        return written
+
+    os.write = limited
+    try:
+        yield
+    finally:
+        os.write = write

@@ -146,7 +146,7 @@ class Retention:
     def newest_good(self, besides: str = "") -> str:
         """The checkpoint saved last, of those that verified; empty where there is none."""
         with self._lock:
-            return next((p for p in reversed(self._levels) if p != besides and self.level_now(p).quality > BAD), "")
+            return next((p for p in [*reversed(self._levels)] if p != besides and self.level_now(p).quality > BAD), "")
 
     def _may_go(self, path: str) -> bool:
         """Whether a checkpoint is spare; from now on it is none for whose sake another may go."""

@@ -19,6 +19,7 @@ import fsspec
 import pytest
 import torch
 from builders import TinyModule, every_step, flip_bit, quiet_trainer
+from file_calls import full_disk
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
@@ -553,6 +554,15 @@ def test_what_no_search_finds_goes_when_asked_and_nothing_goes_for_its_sake(tmp_
     trainer.strategy.remove_checkpoint(tmp_path / "a.ckpt")
     trainer.strategy.remove_checkpoint(tmp_path / ".b.ckpt")
     assert names(tmp_path) == with_manifests("a.ckpt")
+
+
+def test_the_good_one_is_named_though_others_were_deleted(trained: Path, tmp_path: Path) -> None:
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    for n in (1, 2, 3):
+        saves.save_checkpoint(torch.load(trained / f"step={n}.ckpt"), tmp_path / f"step={n}.ckpt")
+    (tmp_path / "step=3.ckpt").unlink()
+    with full_disk(100), pytest.raises(CheckpointSaveError, match=r"No space left .*elsewhere is .*step=2\.ckpt\.$"):
+        saves.save_checkpoint(torch.load(trained / "step=4.ckpt"), tmp_path / "step=4.ckpt")
 
 
 def test_a_link_to_the_checkpoint_is_no_second_one(tmp_path: Path) -> None:
