@@ -23,6 +23,10 @@ class CheckpointGuardError(EnStackError):
     """`CheckpointGuard` stopped a run before it could do harm."""
 
 
+class CheckpointToLoadNotFoundError(CheckpointGuardError, CheckpointNotFoundError):
+    """No checkpoint stands at the path that a guarded Trainer was to load."""
+
+
 class CheckpointSaveError(CheckpointGuardError, OSError):
     """A checkpoint was not saved; the one that stood there before is untouched.
 

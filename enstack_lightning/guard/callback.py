@@ -17,7 +17,7 @@ from enstack_lightning.checkpoint import (
 from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
-from enstack_lightning.guard.choice import Fallback, choose, set_aside, what_it_costs, why_refused
+from enstack_lightning.guard.choice import Fallback, choose, refusal, set_aside, what_it_costs
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.fresh_start import doubts
 from enstack_lightning.guard.health import Health
@@ -328,4 +328,4 @@ class CheckpointGuard(Callback):
 
     def _stop_if_refused(self, report: Report) -> None:
         if not report.accepted(self.strict):
-            raise CheckpointGuardError(why_refused(report, self.strict))
+            raise refusal(report, self.strict)

@@ -19,7 +19,12 @@ from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX, ManifestDefec
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, SET_ASIDE_SUFFIXES, natural_order
 from enstack_lightning.checkpoint.source import object_store
-from enstack_lightning.errors import CheckpointError, CheckpointGuardError
+from enstack_lightning.errors import (
+    CheckpointError,
+    CheckpointGuardError,
+    CheckpointNotFoundError,
+    CheckpointToLoadNotFoundError,
+)
 
 Fallback = Literal["none", "previous"]
 Verify = Callable[[str], Report]
@@ -55,7 +60,7 @@ def choose(path: str, verify: Verify, fallback: Fallback = "none", strict: bool 
     if asked.accepted(strict):
         return Choice(path, asked, path)
     if fallback == "none":
-        raise CheckpointGuardError(why_refused(asked, strict))
+        raise refusal(asked, strict)
     others = [verify(other) for other in checkpoints_beside(path)]
     refused = (asked, *(report for report in others if not report.accepted(strict)))
     good = newest_good(report for report in others if report.accepted(strict))
@@ -108,6 +113,16 @@ def set_aside(reports: Iterable[Report]) -> dict[str, str]:
         except OSError:
             continue  # a folder that cannot be written to must not keep the run from the good checkpoint
     return moved
+
+
+def refusal(report: Report, strict: bool) -> CheckpointGuardError:
+    """The error that says why a checkpoint must not be used; also a FileNotFoundError, as Lightning's is, if it is not
+    there.
+    """
+    said = why_refused(report, strict)
+    if isinstance(failure_of(report), CheckpointNotFoundError):
+        return CheckpointToLoadNotFoundError(f"Checkpoint file not found: {report.path}. {said[:1].upper()}{said[1:]}")
+    return CheckpointGuardError(said)
 
 
 def why_refused(report: Report, strict: bool) -> str:

@@ -20,7 +20,6 @@ from enstack_lightning.guard.flavor import is_a, is_just, lightning_base
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import Strategy
 
 _ENDS = 256 * 2**10
@@ -107,7 +106,7 @@ def check_form(strategy: Strategy, report: Report) -> None:
     )
 
 
-def _innermost(strategy: Strategy) -> CheckpointIO:
+def _innermost(strategy: Strategy) -> Any:
     found: Any = strategy.checkpoint_io
     while is_a(inner := getattr(found, "checkpoint_io", None), "CheckpointIO"):
         found = inner

@@ -24,11 +24,13 @@ class EnvironmentGuard(Callback):
     def __init__(self, settings: dict[str, Any]) -> None:
         join_imported_flavors()
         super().__init__()
-        self.settings = settings
+        self._settings_of_guard = settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, CheckpointGuard) for callback in callbacks):
-            guard = CheckpointGuard(**self.settings)
-            callbacks[callbacks.index(self)] = guard  # in place: the Trainer goes through the list right now
+            settings = self._settings_of_guard
+            guard: Any = self  # the same object: the Trainer is going through its list of callbacks
+            guard.__class__ = CheckpointGuard
+            guard.__init__(**settings)
             guard.setup(trainer, pl_module, stage)
