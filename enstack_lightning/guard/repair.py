@@ -202,8 +202,10 @@ def _forwarded(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> 
     if not live.progress.scheduler_steps:
         raise CannotForwardError("the run that saved had counted no step of a scheduler, so that this one is new to it")
     steps, reckoning = _proven_position(live)
+    if position_of(scheduler) == steps:
+        return None  # the module has done so itself
     if position_of(scheduler) != 0:
-        raise CannotForwardError(f"something else has set it forward already, expected {steps:,}")
+        raise CannotForwardError(f"the run has set it forward itself, and not to {steps:,} = {reckoning}")
     restored = _has_rates(trainer, loaded)
     _check_is_the_saved_one(loaded, live)
     _check_base_rates(scheduler, optimizer)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from builders import LEARNING_RATE, TinyModule, edited, every_epoch, every_step, quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
@@ -383,6 +384,29 @@ def test_one_of_two_optimizers_that_was_lost_is_the_one_that_is_named(tmp_path: 
         assert {float(s["step"]) for s in optimizer.state.values()} == {steps}
 
 
+def test_a_second_optimizer_that_the_run_lost_still_stops_it(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_epoch(tmp_path)).fit(Two())
+    path = edited(tmp_path / "epoch=1.ckpt", tmp_path / "c.ckpt", lambda c: c["optimizer_states"].pop())
+    guard = CheckpointGuard(repair=True)
+    with pytest.raises(CheckpointGuardError, match="CK402"):
+        quiet_trainer(tmp_path, Fresh(), guard).fit(Two(), ckpt_path=path)
+
+
+class Idle(Two):
+    """The second of its optimizers has not stepped yet."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        optimizer = self.optimizers()[0]  # type: ignore[index]
+        optimizer.zero_grad()
+        self.manual_backward(self.layer(batch[0]).square().mean())
+        optimizer.step()
+
+
+def test_an_optimizer_that_has_not_stepped_yet_has_lost_nothing(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_epoch(tmp_path)).fit(Idle())
+    assert resume(tmp_path / "epoch=1.ckpt", tmp_path, Idle()).guard.repairs == ()
+
+
 class ByHand(TinyModule):
     """Manual optimization, with a scheduler that it steps itself."""
 
@@ -414,6 +438,62 @@ def move_counter(checkpoint: dict[str, Any]) -> None:
 def test_counters_that_contradict_each_other_prove_no_position(trained: Path, tmp_path: Path) -> None:
     path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", both(lose_schedulers, move_counter))
     check_left(resume(path, tmp_path, TinyModule()), "the loop counted 9 scheduler steps and 7 optimizer steps")
+
+
+def move_epoch_counter(checkpoint: dict[str, Any]) -> None:
+    checkpoint["loops"]["fit_loop"]["epoch_loop.scheduler_progress"]["total"].update(ready=4, completed=4)
+
+
+def test_counters_of_epochs_that_contradict_each_other_prove_no_position(whole: Whole, tmp_path: Path) -> None:
+    folder, _ = whole("StepLR")
+    path = edited(folder / "epoch=1.ckpt", tmp_path / "c.ckpt", both(lose_schedulers, move_epoch_counter))
+    check_left(resume(path, tmp_path, Scheduled("StepLR")), "the loop counted 4 scheduler steps and 2 complete epochs")
+
+
+class Forward(Scheduled):
+    """Sets its schedule forward itself, to a step of its own choice."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_fit_start(self) -> None:
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        for _ in range(self.step):
+            scheduler.step()
+
+
+def test_a_schedule_that_the_module_set_forward_is_left(whole: Whole, tmp_path: Path) -> None:
+    folder, never_stopped = whole("LambdaLR")
+    path = edited(folder / "step=7.ckpt", tmp_path / "c.ckpt", lose_schedulers)
+    check_left(resume(path, tmp_path, Forward(3)), "the run has set it forward itself, and not to 7")
+    resumed = resume(path, tmp_path, Forward(7))
+    assert resumed.guard.repairs == ()
+    check_goes_on_as(never_stopped, resumed, 7)
+
+
+class RestoresItself(SingleDeviceStrategy):
+    """Has files of its own for its optimizers, as strategies do that shard."""
+
+    lightning_restore_optimizer = False
+
+
+class FromItsOwnFile(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        for group in optimizer.param_groups:
+            group["lr"] = 4.2e-3
+
+
+def test_a_rate_that_a_strategy_restored_is_not_overwritten(whole: Whole, tmp_path: Path) -> None:
+    folder, _ = whole("LambdaLR")
+    path = edited(folder / "step=7.ckpt", tmp_path / "c.ckpt", lose_both)
+    guard, module = CheckpointGuard(repair=True), Scheduled()
+    strategy = RestoresItself(torch.device("cpu"))
+    trainer = quiet_trainer(tmp_path, FromItsOwnFile(), guard, strategy=strategy)
+    trainer.fit(module, ckpt_path=path)
+    assert not any(r.changed for r in guard.repairs)
+    assert module.groups[0][0] == 4.2e-3
 
 
 # The optimizer's rate against its scheduler's
@@ -522,6 +602,15 @@ def test_what_nothing_proves_is_refused_as_ever(edit: Edit, why: str, trained: P
         resume(path, tmp_path, TinyModule())
 
 
+def test_an_optimizer_without_groups_is_no_fresh_one(trained: Path, tmp_path: Path) -> None:
+    def lose_groups(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["param_groups"] = []
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", lose_groups)
+    with pytest.raises(CheckpointGuardError, match=r"CK\d"):
+        resume(path, tmp_path, TinyModule())
+
+
 # Lost counters
 
 
@@ -569,6 +658,13 @@ def test_lost_counters_are_not_guessed(saved: str, edit: Edit, why: str, trained
     path = edited(trained / f"{saved}.ckpt", tmp_path / "c.ckpt", both(lose_loops, edit))
     with pytest.raises(CheckpointGuardError, match=f"CK201 loops is missing.*cannot be told from the rest: {why}"):
         resume(path, tmp_path, TinyModule())
+
+
+def test_lost_counters_of_manual_optimization_are_not_told(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_epoch(tmp_path)).fit(ByHand())
+    path = edited(tmp_path / "epoch=1.ckpt", tmp_path / "c.ckpt", lose_loops)
+    with pytest.raises(CheckpointGuardError, match="CK401 optimizer steps 10, expected 0"):
+        resume(path, tmp_path, ByHand())
 
 
 # Time
