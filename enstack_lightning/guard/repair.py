@@ -3,6 +3,11 @@
 Nothing is guessed: a change follows from what the checkpoint itself says in at least one other place, and where two
 places contradict each other, nothing is changed. Every change becomes a `Repair` with the numbers before and after;
 what cannot be proven becomes one too, with the reason. On a healthy checkpoint there is none.
+
+Set right are a single scheduler without state on a single optimizer, a learning rate that was not restored or is
+another than its scheduler's, and the counters of a checkpoint of an epoch's end without `loops`. An optimizer without
+moments is let through, with a warning, and not touched. Refused as ever are an optimizer that is ahead of the counter
+(either of them may be right) and a checkpoint without the entry `optimizer_states` (it was saved to hold a model).
 """
 
 from __future__ import annotations
