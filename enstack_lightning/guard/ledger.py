@@ -260,6 +260,7 @@ class _LedgerFile:
         self.encoder = Encoder()
         self._fd = -1
         self._syncing: threading.Thread | None = None
+        self._unsynced = False
         self._path = folder / f"start-{header.start:04}-rank-{header.rank}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
         try:
@@ -274,6 +275,7 @@ class _LedgerFile:
 
     def append(self, record: bytes) -> None:
         """Writes a record; whole, unless the process is killed."""
+        self._unsynced = True
         try:
             while self._fd >= 0 and record:
                 record = record[os.write(self._fd, record) :]
@@ -282,8 +284,9 @@ class _LedgerFile:
 
     def sync(self) -> None:
         """Begins to bring what was written to the disk, while the checkpoint, which takes longer, goes there too."""
-        if self._fd >= 0:
+        if self._fd >= 0 and self._unsynced:
             self.wait()
+            self._unsynced = False
             self._syncing = threading.Thread(target=self._sync, args=(self._fd,), name="ledger-sync", daemon=True)
             self._syncing.start()
 
