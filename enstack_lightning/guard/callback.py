@@ -57,6 +57,7 @@ from enstack_lightning.guard.repair import (
 from enstack_lightning.guard.restart import ExactRestart, exact_restart
 from enstack_lightning.guard.resume_report import log_scalars, resume_lines, resume_scalars
 from enstack_lightning.guard.resume_state import capture_resume_state
+from enstack_lightning.guard.uncounted import uncounted_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -193,6 +194,8 @@ class CheckpointGuard(Callback):
     def _accept(self, decision: Decision) -> None:
         self._decision = decision
         self.report = decision.report or self.report
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.resumed_from = decision.path
 
     def _verify(self, trainer: Trainer, path: str) -> Report:
         return self._before_repair(trainer, verify_checkpoint(path, self._options_for(trainer)))
@@ -287,6 +290,8 @@ class CheckpointGuard(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._health.look(trainer, pl_module)
+        if trainer.current_epoch == 0 and (uncounted := uncounted_steps(trainer)):
+            rank_zero_warn(f"CheckpointGuard: {uncounted}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._health.look(trainer, pl_module)

@@ -88,6 +88,7 @@ class GuardedCheckpointIO(CheckpointIO):
         self.verify_after_save = verify_after_save
         self.retention = Retention(options or Options())
         self.place_for: PlaceFor = _as_asked
+        self.resumed_from: str | None = None
         self._cleaned: set[Path] = set()
         self._warned = False
 
@@ -248,7 +249,10 @@ class GuardedCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         name = _name(path)
-        if self.retention.may_remove(name):
+        if name == self.resumed_from and is_url(name):
+            # ModelCheckpoint keeps it where it is local: https://github.com/Lightning-AI/pytorch-lightning/issues/21813
+            rank_zero_info(f"CheckpointGuard: {name} is kept, for this run was resumed from it")
+        elif self.retention.may_remove(name):
             self._remove(name)
         else:
             rank_zero_info(

@@ -219,6 +219,12 @@ def learning_rates(trainer: Trainer) -> tuple[float, ...]:
     return tuple(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
 
+def most_steps(trainer: Trainer) -> int:
+    """The most steps that any parameter of any optimizer has made, of optimizers that count them; else 0."""
+    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+    return max((int(_scalar(step) or 0) for state in states if isinstance(step := state.get("step"), torch.Tensor)), default=0)
+
+
 def _counters(trainer: Trainer) -> dict[str, Any]:
     """The loop counters under the keys of a checkpoint; `FitLoop.state_dict()` would also ask the data loader."""
     loop = trainer.fit_loop
