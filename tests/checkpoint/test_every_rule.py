@@ -222,6 +222,7 @@ _LIVE = "tests/guard/test_after_loading.py: it judges a live run"
 ELSEWHERE = {
     "CK100": "tests/faults and test_rules.py: nothing that a real library writes brings it about",
     **{f"CK91{n}": _LIVE for n in range(6)},
+    "CK916": "tests/guard/test_dropped_states.py: it judges a live run",
 }
 
 
