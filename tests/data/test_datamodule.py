@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,19 @@ def test_a_tokenizer_from_a_checkpoint_is_used_and_changed_data_is_said(
     with pytest.warns(UserWarning, match=r"training data changed since the checkpoint: 40 rows .* then, 20 rows"):
         other.setup("fit")
     assert tokenizer_digest(other.tokenizer) == tokenizer_digest(used.tokenizer)
+
+
+def test_under_the_guard_changed_data_is_said_once(data: Path, module: Module, tmp_path: Path) -> None:
+    fit(module(data), tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_jsonl(other / "train.jsonl", functions(40, seed=8))
+    write_jsonl(other / "validation.jsonl", functions(5, seed=9))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(module(other), tmp_path / "again", tmp_path / "step=10.ckpt")
+    (message,) = [str(w.message) for w in said if "training data" in str(w.message)]
+    assert message.startswith("CheckpointGuard: CK910 the training data of 40 rows changed: its fingerprint was")
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(data: Path, module: Module, tmp_path: Path) -> None:

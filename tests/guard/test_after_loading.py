@@ -796,8 +796,9 @@ def test_data_that_shrank_below_the_position_is_refused(tmp_path: Path) -> None:
 class Fingerprinted(LightningDataModule):
     """As `VulnerabilityDataModule`: it tells the digest of its rows, and keeps it in checkpoints."""
 
-    def __init__(self, digest: str) -> None:
+    def __init__(self, digest: str, path: str = "here", tokenizer: str = "bytes") -> None:
         super().__init__()
+        self.save_hyperparameters("path", "tokenizer")
         self.fingerprints, self.num_rows = {"train": digest}, {"train": ROWS}
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -815,6 +816,16 @@ def test_the_fingerprint_of_a_data_module_is_taken(guarded: bool, tmp_path: Path
     assert "warning the training data of 20 rows changed: its fingerprint was aaaaaaaaaaaa and is bbbbbbbbbbbb" in said(
         report, "CK910"
     )
+
+
+def test_the_same_rows_in_another_place_and_another_tokenizer_are_told_apart(tmp_path: Path) -> None:
+    save(tmp_path, Net(), every_step(tmp_path), datamodule=Fingerprinted("a" * 64), max_epochs=1)
+    path = tmp_path / "step=3.ckpt"
+    report = resume(path, Net(), datamodule=Fingerprinted("a" * 64, path="there"), max_epochs=1)
+    assert said(report, "CK908") == "info path was 'here' and is 'there': the rows are the same"
+    report = resume(path, Net(), datamodule=Fingerprinted("b" * 64, "there", "words"), max_epochs=1)
+    assert "warning path was 'here' and is 'there': other rows, unless it is a copy" in said(report, "CK908")
+    assert "warning tokenizer was 'bytes' and is 'words': token ids mean other tokens" in said(report, "CK908")
 
 
 class Counted(torch.utils.data.Dataset[Any]):

@@ -371,8 +371,9 @@ def drift_of_data(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     Another tokenizer or vocabulary is an error: the same ids mean other tokens to the weights. Other files, or the same
     in another place, are worth knowing, and inside an epoch a warning: the rows left to train are found by their
-    position. So are another cut, order or column. The values of the rows are compared when the run begins, by its data
-    module.
+    position. So are another cut, order or column. The values of the rows are compared when the run begins (CK910). Of a
+    live run, whose data module has opened its data, another tokenizer is a warning, and the same rows in another place
+    are worth knowing.
     """
     if (compared := _compared(facts, options)) is None:
         return
@@ -387,14 +388,20 @@ def drift_of_data(facts: Facts, options: Options) -> Iterator[Outcome]:
         if name == "tokenizer" and PurePath(str(old)).name == PurePath(str(new)).name:
             yield info(f"{change}: the same by its name, elsewhere", f"data.{name}")
         else:
-            yield error(f"{change}: token ids mean other tokens to the weights", f"data.{name}", _ANOTHER_RUN)
+            say = warning if facts.live else error
+            yield say(f"{change}: token ids mean other tokens to the weights", f"data.{name}", _ANOTHER_RUN)
+    seen = _saved(facts).run.dataset_fingerprint if facts.live else None
     for name, old, new in _changed(before.data, now.data, _FILES):
         unchanged = False
-        yield judge(
-            f"{name} was {shown(old)} and is {shown(new)}: other rows, unless it is a copy",
-            f"data.{name}",
-            "The data module compares the rows when the run begins.",
-        )
+        change = f"{name} was {shown(old)} and is {shown(new)}"
+        if seen is not None and seen == facts.run.dataset_fingerprint:
+            yield info(f"{change}: the rows are the same", f"data.{name}")
+        else:
+            yield judge(
+                f"{change}: other rows, unless it is a copy",
+                f"data.{name}",
+                "The rows are compared when the run begins, by the guard and the data module.",
+            )
     ordered = ("length_bucketing", "max_length", "func_column", "target_column", "seed")
     for name, old, new in _changed(before.data, now.data, ordered):
         unchanged = False
