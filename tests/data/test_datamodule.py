@@ -82,14 +82,15 @@ def test_a_tokenizer_from_a_checkpoint_is_used_and_changed_data_is_said(
 
 
 def test_under_the_guard_changed_data_is_said_once(data: Path, module: Module, tmp_path: Path) -> None:
-    fit(module(data), tmp_path)
+    module(data).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    fit(module(data, tokenizer=str(tmp_path / "tokenizer")), tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "train.jsonl", functions(40, seed=8))
     write_jsonl(other / "validation.jsonl", functions(5, seed=9))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        fit(module(other), tmp_path / "again", tmp_path / "step=10.ckpt")
+        fit(module(other, tokenizer=str(tmp_path / "tokenizer")), tmp_path / "again", tmp_path / "step=10.ckpt")
     (message,) = [str(w.message) for w in said if "training data" in str(w.message)]
     assert message.startswith("CheckpointGuard: CK910 the training data of 40 rows changed: its fingerprint was")
 
