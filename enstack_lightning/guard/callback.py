@@ -41,6 +41,7 @@ from enstack_lightning.guard.loading import (
     Decision,
     check_form,
     guard_loading,
+    is_of_the_tuner,
     reads_formats_of_its_own,
     stop_guarding_loading,
 )
@@ -229,9 +230,10 @@ class CheckpointGuard(Callback):
             report = report_on(lambda: loaded, path, self._options_for(trainer))
             self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
-        if trainer.state.fn == FITTING:
+        if trainer.state.fn == FITTING and not is_of_the_tuner(path):
             self._stop_where_nothing_is_left(trainer, loaded)
             self._loaded = loaded
+        if trainer.state.fn == FITTING:
             self._restart = exact_restart(trainer, checkpoint, self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +254,7 @@ class CheckpointGuard(Callback):
         self._health.start(trainer, pl_module, self._checkpoint_io)
         if self._loaded is None:
             return
-        path, loaded = str(trainer.ckpt_path), self._loaded
+        path, loaded = self._loaded.path, self._loaded
         if self.repair:
             live = trainer_facts(trainer, path, loaded, self._given)
             self.repairs += repair_trainer(trainer, loaded, live)
@@ -264,7 +266,7 @@ class CheckpointGuard(Callback):
         rates = self._given.learning_rates, learning_rates(trainer)
         for line in resume_lines(self.report, *rates):
             rank_zero_info(line)
-        self._stop_if_refused(self.report)
+        self._stop_everywhere_if_refused(trainer, self.report)
         log_scalars(trainer, resume_scalars(self.report, *rates))
         for finding in self.report.of(Severity.WARNING):
             rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
@@ -301,7 +303,7 @@ class CheckpointGuard(Callback):
         if self._loaded is None or self._run is not None or isinstance(exception, CheckpointGuardError):
             return
         # What torch says when it cannot restore an optimizer names neither the optimizer nor the parameters.
-        path, loaded = str(trainer.ckpt_path), self._loaded
+        path, loaded = self._loaded.path, self._loaded
         options = dataclasses.replace(self._options, select=("CK911", "CK912", "CK913"))
         report = report_on(lambda: trainer_facts(trainer, path, loaded), path, options)
         for finding in (*report.of(Severity.ERROR), *report.of(Severity.WARNING)):
@@ -330,6 +332,13 @@ class CheckpointGuard(Callback):
 
     def _before_repair(self, trainer: Trainer, report: Report) -> Report:
         return awaiting_repair(report) if self.repair and trainer.state.fn == FITTING else report
+
+    def _stop_everywhere_if_refused(self, trainer: Trainer, report: Report) -> None:
+        """What one rank alone refuses ends all: the others would wait for it."""
+        by_all = trainer.strategy.reduce_boolean_decision(report.accepted(self.strict))
+        self._stop_if_refused(report)
+        if not by_all:
+            raise CheckpointGuardError(f"another rank refused to resume from {report.path}; its own error says why")
 
     def _stop_if_refused(self, report: Report) -> None:
         if not report.accepted(self.strict):

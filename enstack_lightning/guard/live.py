@@ -18,7 +18,7 @@ from enstack_lightning.checkpoint.readers.lightning import lightning_facts, prog
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
-from enstack_lightning.guard.training_data import training_data
+from enstack_lightning.guard.training_data import TrainingData, training_data
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -107,7 +107,9 @@ def run_of(trainer: Trainer, given: Configured | None = None) -> RunFacts:
     Nothing here makes that loader: `Trainer.estimated_stepping_batches` would, before its position is restored, which
     is then lost (`RunFacts.total_steps` reckons the same).
     """
-    batches, data = trainer.num_training_batches, training_data(trainer)
+    batches = trainer.num_training_batches
+    # Each rank may have a share of the data as its own dataset: what is recorded and compared is that of rank 0.
+    data = training_data(trainer) if trainer.is_global_zero else TrainingData()
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return RunFacts(
         batches_per_epoch=int(batches) if math.isfinite(batches) and batches > 0 else None,
@@ -222,7 +224,9 @@ def learning_rates(trainer: Trainer) -> tuple[float, ...]:
 def most_steps(trainer: Trainer) -> int:
     """The most steps that any parameter of any optimizer has made, of optimizers that count them; else 0."""
     states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
-    return max((int(_scalar(step) or 0) for state in states if isinstance(step := state.get("step"), torch.Tensor)), default=0)
+    return max(
+        (int(_scalar(step) or 0) for state in states if isinstance(step := state.get("step"), torch.Tensor)), default=0
+    )
 
 
 def _counters(trainer: Trainer) -> dict[str, Any]:

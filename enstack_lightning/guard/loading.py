@@ -80,6 +80,16 @@ def stop_guarding_loading(trainer: Trainer) -> None:
     vars(trainer._checkpoint_connector).pop("resume_start", None)
 
 
+def is_of_the_tuner(path: str) -> bool:
+    """Whether a checkpoint is that which `Tuner` saves before its search, and goes back to after it.
+
+    Example:
+        >>> is_of_the_tuner("runs/.lr_find_6f1e.ckpt"), is_of_the_tuner("runs/last.ckpt")
+        (True, False)
+    """
+    return Path(path).name.startswith((".lr_find_", ".scale_batch_size_"))
+
+
 def reads_formats_of_its_own(strategy: Strategy) -> bool:
     """Whether a strategy or its CheckpointIO loads what the checkpoint core need not know."""
     return is_a(strategy, "DeepSpeedStrategy") or not is_a(_innermost(strategy), "TorchCheckpointIO")
