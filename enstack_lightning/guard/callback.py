@@ -240,10 +240,11 @@ class CheckpointGuard(Callback):
         if self._checkpoint_io is not None:
             remove_all_leftovers(trainer, self._checkpoint_io)
         self._given = configured(trainer)
-        if self._loaded is None and self._decision.path is not None and self._decision.report is not None:
+        judged = self._decision.report
+        if self._loaded is None and judged is not None and not is_of_the_tuner(judged.path):
             # A checkpoint without the entry `callbacks`: Lightning has not called on_load_checkpoint.
-            self._stop_where_nothing_is_left(trainer, self._decision.report.facts)
-            self._loaded = self._decision.report.facts
+            self._stop_where_nothing_is_left(trainer, judged.facts)
+            self._loaded = judged.facts
         for doubt in doubts(trainer) if trainer.ckpt_path is None else ():
             rank_zero_warn(f"CheckpointGuard: {doubt}")
 
