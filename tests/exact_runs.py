@@ -1,7 +1,7 @@
 """Runs whose every figure is recorded, for comparing a run that was resumed with the one that never stopped.
 
 `python exact_runs.py FOLDER OPTIONS` trains with two processes, then resumes from each checkpoint that OPTIONS names,
-and writes what rank 0 and rank 1 recorded to `FOLDER/rank`.
+and writes what each rank recorded to `FOLDER/rank-N`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class InMemory(Logger):
         self.lines: list[Any] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.lines.append([step, dict(metrics)])
+        if not any(name.startswith("guard/") for name in metrics):  # said once at a resume, by the guard
+            self.lines.append([step, dict(metrics)])
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         pass
@@ -187,16 +188,21 @@ class Record(Callback):
 
 
 class Everywhere(Checkpoint):
-    """Saves in every hook that checkpoints are saved in: `batch-N`, `validation-N`, `epoch-N`, N from 1."""
+    """Saves in every hook that checkpoints are saved in: `batch-N`, `validation-N`, `epoch-N`, N from 1.
 
-    def __init__(self, folder: Path, *moments: str) -> None:
+    Args:
+        names: those to save; None for all.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...] | None = None) -> None:
         self.folder = folder
-        self.moments = moments or ("batch", "validation", "epoch")
+        self.names = names
         self.validations = 0
 
     def _save(self, trainer: Trainer, moment: str, number: int) -> None:
-        if moment in self.moments:
-            trainer.save_checkpoint(self.folder / f"{moment}-{number}.ckpt")
+        name = f"{moment}-{number}"
+        if self.names is None or name in self.names:
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._save(trainer, "batch", trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -222,11 +228,15 @@ def train(
     trainer: dict[str, Any],
     path: Path | None = None,
     callbacks: tuple[Callback, ...] = (),
-    moments: tuple[str, ...] = (),
+    saves: tuple[str, ...] | None = (),
     seed: int = 1,
     guard: bool = True,
 ) -> dict[str, Any]:
-    """Trains, or goes on from a checkpoint; returns all that was recorded, and where in the record it begins."""
+    """Trains, or goes on from a checkpoint; returns all that was recorded, and where in the record it begins.
+
+    Args:
+        saves: the checkpoints to make, as `Everywhere` names them; None for all.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(1)
@@ -235,20 +245,18 @@ def train(
         torch.manual_seed(seed)
     logger = InMemory()
     record = Record(logger)
-    saves = [Everywhere(folder, *moments)] if moments != ("none",) else []
     run = Trainer(
         **{
             "accelerator": "cpu",
             "logger": logger,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": bool(saves),
             "max_epochs": 3,
             "log_every_n_steps": 1,
             "default_root_dir": folder,
             **trainer,
         },
-        callbacks=[*([CheckpointGuard()] if guard else []), record, *callbacks, *saves],
+        callbacks=[*([CheckpointGuard()] if guard else []), record, *callbacks, Everywhere(folder, saves)],
     )
     run.fit(trained, ckpt_path=path)
     return {
@@ -301,8 +309,8 @@ if __name__ == "__main__":
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     two = {"strategy": "ddp", "devices": 2, **options["trainer"]}
-    found = [train(folder / "whole", options["module"], two, seed=1 + rank)]
+    found = [train(folder / "whole", options["module"], two, saves=tuple(options["names"]), seed=1 + rank)]
     for number, name in enumerate(options["names"]):
         path = folder / "whole" / f"{name}.ckpt"
         found.append(train(folder / str(number), options["module"], two, path, seed=50 + rank + number))
-    (folder / str(rank)).write_text(json.dumps(found))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))

@@ -19,6 +19,7 @@ from enstack_lightning.guard.epoch_state import restore_epoch_state
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.loader_position import begin_epoch_anew, restore_generators
 from enstack_lightning.guard.part_gradients import restore_gradients
+from enstack_lightning.guard.resume_state import running_statistics
 from enstack_lightning.guard.rng import restore_random_state
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class ExactRestart:
         if self.mine.get("epoch"):
             restore_epoch_state(self.trainer, self.mine["epoch"])
         self._restore_gradients()
+        self._restore_statistics()
         if self.mine.get("random_state"):
             restore_random_state(self.mine["random_state"])
         if self.point == "epoch_end":
@@ -165,6 +167,13 @@ class ExactRestart:
             )
         elif gradients:
             restore_gradients(self.trainer, gradients)
+
+    def _restore_statistics(self) -> None:
+        saved = self.mine.get("statistics", {})
+        for name, tensor in running_statistics(self.trainer).items():
+            tensor.copy_(saved.get(name, tensor))
+        if hasattr(self.trainer.model, "require_forward_param_sync") and "sync_before_forward" in self.mine:
+            self.trainer.model.require_forward_param_sync = self.mine["sync_before_forward"]
 
     def _restore_early_stop(self) -> None:
         if self.resume.get("early_stop"):

@@ -49,6 +49,9 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         mine["gradients"] = capture_gradients(trainer)
     if trainer.world_size > 1:
         mine["loaders"] = loader_states(trainer)
+        mine["statistics"] = running_statistics(trainer)
+        # DDP sends rank 0's statistics to all before a forward pass, and not after one inside an accumulation window.
+        mine["sync_before_forward"] = getattr(trainer.model, "require_forward_param_sync", None)
     validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     state["resume"] = {
         "point": point,
@@ -59,6 +62,16 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "ranks": _of_all_ranks(trainer, mine),
     }
     return state
+
+
+def running_statistics(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The statistics of normalization layers by name; each process has its own, and Lightning saves rank 0's."""
+    return {
+        f"{name}.{buffer}": tensor
+        for name, module in trainer.lightning_module.named_modules()
+        if getattr(module, "track_running_stats", False)
+        for buffer, tensor in module.named_buffers(recurse=False)
+    }
 
 
 def point_of(trainer: Trainer) -> Point:

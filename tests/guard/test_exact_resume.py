@@ -1,0 +1,270 @@
+"""A resumed run is the run that never stopped: every step, rate, metric, validation, log line, counter and weight."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exact_runs
+import pytest
+import torch
+from exact_runs import BATCHES, differences, train
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
+
+from enstack_lightning.data import VulnerabilityDataModule
+from enstack_lightning.guard import CheckpointGuard
+from enstack_lightning.model import VulnerabilityClassifier
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+INSIDE, LAST, NEXT = "batch-2", f"batch-{BATCHES}", f"batch-{BATCHES + 2}"
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    # the module, the Trainer, the checkpoints to resume from
+    "plain": ({}, {}, (INSIDE, LAST, NEXT, "validation-1", "epoch-1")),
+    "accumulate 2": ({}, {"accumulate_grad_batches": 2}, (INSIDE, "batch-3", LAST, NEXT, "epoch-1")),
+    "accumulate 3": ({}, {"accumulate_grad_batches": 3}, (INSIDE, LAST, NEXT, "epoch-1")),
+    "validation inside": ({}, {"val_check_interval": 3}, (INSIDE, "batch-3", "validation-1", "validation-2", LAST)),
+    "validation inside a window": (
+        {},
+        {"val_check_interval": 2, "accumulate_grad_batches": 3},
+        ("batch-2", "validation-1", "validation-2"),
+    ),
+    "validation every other epoch": ({}, {"check_val_every_n_epoch": 2}, (LAST, NEXT, "epoch-1", "validation-1")),
+    "bf16": ({}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, ("batch-3", LAST, "epoch-1")),
+    "bucketed": ({"bucketed": True}, {}, (INSIDE, LAST, "epoch-1")),
+    "max_steps": ({}, {"max_epochs": -1, "max_steps": 18}, (INSIDE, LAST, NEXT, "epoch-1", "validation-1")),
+    "plateau": ({"plateau": True}, {}, (INSIDE, LAST, "validation-1", "epoch-1")),
+    "torchdata's order": ({"order": "shuffle", "noise": True}, {}, (INSIDE, LAST, NEXT, "epoch-1")),
+    "an order of its own": ({"order": "generator", "noise": True}, {}, (INSIDE, LAST, NEXT, "epoch-1")),
+    "plain DataLoader": ({"order": "plain", "noise": True}, {}, (LAST, "validation-1", "epoch-1")),
+    "2 workers": ({"order": "shuffle", "noise": True, "num_workers": 2}, {"max_epochs": 2}, ("batch-3", "epoch-1")),
+    "2 lasting workers": (
+        {"order": "generator", "noise": True, "num_workers": 2, "persistent": True},
+        {"max_epochs": 2},
+        ("batch-3", "epoch-1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_one_that_never_stopped(case: str, tmp_path: Path) -> None:
+    module, trainer, names = CASES[case]
+    whole = train(tmp_path / "whole", module, trainer, saves=names)
+    for name in names:
+        resumed = train(tmp_path / "again", module, trainer, tmp_path / "whole" / f"{name}.ckpt", seed=99)
+        assert differences(whole, resumed) == [], name
+
+
+def test_saving_and_the_guard_change_nothing(tmp_path: Path) -> None:
+    """Else the run compared with would not be the user's."""
+    options = {"noise": True, "order": "shuffle"}, {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    whole = train(tmp_path, *options, saves=None)
+    alone = train(tmp_path / "alone", *options, guard=False)
+    alone["begins"] = [0, 0]
+    assert differences(alone, {**whole, "begins": [0, 0]}) == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_three_times(accumulate: int, tmp_path: Path) -> None:
+    module, trainer = {"noise": True}, {"accumulate_grad_batches": accumulate, "val_check_interval": 3}
+    whole = train(tmp_path / "0", module, trainer, saves=("batch-3",))
+    path = tmp_path / "0" / "batch-3.ckpt"
+    for restart, name in enumerate((f"batch-{BATCHES}", f"batch-{BATCHES + 2}", "epoch-2"), start=1):
+        train(tmp_path / str(restart), module, trainer, path, saves=(name,), seed=100 + restart)
+        path = tmp_path / str(restart) / f"{name}.ckpt"
+    assert differences(whole, train(tmp_path / "last", module, trainer, path, seed=9)) == []
+
+
+def test_without_the_guard_the_record_tells_the_difference(tmp_path: Path) -> None:
+    """That the comparison can fail, and what for."""
+    whole = train(tmp_path / "whole", {}, {"accumulate_grad_batches": 2}, saves=("batch-3",))
+    path = tmp_path / "whole" / "batch-3.ckpt"
+    found = differences(whole, train(tmp_path / "again", {}, {"accumulate_grad_batches": 2}, path, guard=False))
+    assert any(f.startswith("events") for f in found)
+    assert any(f.startswith("weight") for f in found)
+
+
+# Callbacks
+
+
+def early_stopping() -> tuple[Callback, ...]:
+    return (EarlyStopping("val_loss", patience=1, min_delta=10.0),)
+
+
+def averaging() -> tuple[Callback, ...]:
+    return (StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=3), LearningRateMonitor("step"))
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "trainer", "names"),
+    [
+        (early_stopping, {"max_epochs": 6}, (INSIDE, LAST, "validation-1", "validation-2", "epoch-1")),
+        (early_stopping, {"max_epochs": 6, "val_check_interval": 3}, ("batch-6", "validation-1", "validation-2")),
+        (averaging, {"max_epochs": 4}, (INSIDE, NEXT, "epoch-1", "epoch-2", f"batch-{2 * BATCHES + 2}")),
+    ],
+    ids=["early stopping", "early stopping inside", "weight averaging"],
+)
+def test_callbacks_go_on(
+    callbacks: Callable[[], tuple[Callback, ...]], trainer: dict[str, Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = train(tmp_path / "whole", {}, trainer, callbacks=callbacks(), saves=names)
+    for name in names:
+        path = tmp_path / "whole" / f"{name}.ckpt"
+        assert differences(whole, train(tmp_path / "again", {}, trainer, path, callbacks(), seed=9)) == [], name
+
+
+def model_checkpoints(folder: Path) -> tuple[Callback, ...]:
+    step = ModelCheckpoint(folder, "{step}", every_n_train_steps=BATCHES, save_top_k=-1, auto_insert_metric_name=True)
+    best = ModelCheckpoint(folder, "best-{epoch}", monitor="val_loss", save_top_k=-1)
+    last = ModelCheckpoint(folder, "last-{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    return step, best, last
+
+
+@pytest.mark.parametrize("name", [f"step={BATCHES}", "best-epoch=0", "last-epoch=0"])
+def test_lightnings_own_checkpoints(name: str, tmp_path: Path) -> None:
+    """`every_n_train_steps` at an epoch's last batch is where Lightning loses the next epoch."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    whole = train(first, {}, {}, callbacks=model_checkpoints(first))
+    path = first / f"{name}.ckpt"
+    resumed = train(again, {}, {}, path, model_checkpoints(again), seed=9)
+    assert differences(whole, resumed) == []
+
+
+class Bar(TQDMProgressBar):
+    """Says what it would show after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[int, int, str]] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(*args, **kwargs)
+        bar = self.train_progress_bar
+        self.shown.append((bar.n, bar.total, bar.desc))
+
+
+def test_the_progress_bar_shows_the_epoch_and_its_length(tmp_path: Path) -> None:
+    before, after = Bar(), Bar()
+    train(tmp_path, {}, {"enable_progress_bar": True}, callbacks=(before,), saves=(NEXT,))
+    train(tmp_path / "again", {}, {"enable_progress_bar": True}, tmp_path / f"{NEXT}.ckpt", (after,), seed=9)
+    assert after.shown == before.shown[BATCHES + 2 :]
+
+
+# What is saved
+
+
+def test_gradients_are_saved_only_inside_a_window(tmp_path: Path) -> None:
+    train(tmp_path, {}, {"accumulate_grad_batches": 3, "max_epochs": 1}, saves=None)
+    for batch, waiting in ((1, True), (2, True), (3, False), (BATCHES, False)):
+        checkpoint = torch.load(tmp_path / f"batch-{batch}.ckpt", weights_only=True)
+        (rank,) = checkpoint["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
+        assert bool(rank["gradients"]) == waiting
+
+
+# Two processes
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer", "names"),
+    [
+        (
+            {"noise": True},
+            {"accumulate_grad_batches": 3, "max_epochs": 2, "val_check_interval": 2},
+            ("batch-2", "batch-3", "epoch-1"),
+        )
+    ],
+)
+def test_two_processes(module: dict[str, Any], trainer: dict[str, Any], names: tuple[str, ...], tmp_path: Path) -> None:
+    """Each draws other random numbers and gathers other values; only rank 0 writes."""
+    options = json.dumps({"module": module, "trainer": trainer, "names": names})
+    call = [sys.executable, "-W", "ignore", exact_runs.__file__, str(tmp_path), options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for whole, *resumed in records:
+        for name, run in zip(names, resumed, strict=True):
+            assert differences(whole, run) == [], name
+    first = [next(e for e in record[0]["events"] if e[0] == "step") for record in records]
+    assert first[0][4] != first[1][4]
+
+
+# The classifier and its data
+
+
+def fit_classifier(
+    folder: Path, data: dict[str, Any], cache: Path, path: Path | None = None, saves: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    seed_everything(3, verbose=False)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = VulnerabilityClassifier(pretrained=False, vocab_size=300, max_position_embeddings=66, **sizes)
+    rows = VulnerabilityDataModule(
+        vocab_size=300, max_length=64, train_batch_size=8, eval_batch_size=32, cache_dir=str(cache), **data
+    )
+    if path is not None:
+        torch.manual_seed(77)
+    logger = exact_runs.InMemory()
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=logger,
+        max_epochs=2,
+        limit_train_batches=6,
+        limit_val_batches=2,
+        log_every_n_steps=1,
+        accumulate_grad_batches=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[CheckpointGuard(), exact_runs.Everywhere(folder, saves)],
+    )
+    trainer.fit(model, rows, ckpt_path=path)
+    return {"lines": logger.lines, "weights": {n: t.tolist() for n, t in model.state_dict().items()}}
+
+
+@pytest.mark.parametrize("data", [{"length_bucketing": True}, {"num_workers": 2}], ids=["bucketed", "2 workers"])
+def test_the_classifier(data: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+    names = ("batch-3", "batch-6", "epoch-1")
+    whole = fit_classifier(tmp_path / "whole", data, cache, saves=names)
+    for name in names:
+        resumed = fit_classifier(tmp_path / "again", data, cache, tmp_path / "whole" / f"{name}.ckpt")
+        assert resumed["weights"] == whole["weights"], name
+        assert resumed["lines"] == whole["lines"][-len(resumed["lines"]) :], name
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+# All of it
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("interval", [1.0, 3])
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "generator"])
+@pytest.mark.parametrize("workers", [(0, False), (2, False), (2, True)])
+def test_every_checkpoint_of_every_kind(
+    precision: str, accumulate: int, interval: float, order: str, workers: tuple[int, bool], tmp_path: Path
+) -> None:
+    num_workers, persistent = workers
+    module = {"order": order, "noise": True, "num_workers": num_workers, "persistent": persistent}
+    if order == "sampler" and persistent:
+        module["noise"] = False  # this order's iterator begins the next epoch early, and lasting workers draw for it
+    trainer = {"precision": precision, "accumulate_grad_batches": accumulate, "val_check_interval": interval}
+    whole = train(tmp_path / "whole", module, trainer, saves=None)
+    for path in sorted((tmp_path / "whole").glob("*.ckpt")):
+        if path.stem != "epoch-3":  # nothing is left to train
+            assert differences(whole, train(tmp_path / "again", module, trainer, path, seed=99)) == [], path.stem
