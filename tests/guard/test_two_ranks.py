@@ -65,12 +65,14 @@ def test_both_ranks_act_on_one_verdict(strategy: str, tmp_path: Path) -> None:
         case("fallback", cut, fallback="previous"),
         case("no last", None, rank_1="finds nothing"),
         case("good", None),
+        case("lost on one rank", None, rank_1="loses its optimizer"),
     ]
-    *refused, other_files, fallen, no_last, good = ranks(strategy, tmp_path / "second", *cases)
+    *refused, other_files, fallen, no_last, good, lost = ranks(strategy, tmp_path / "second", *cases)
     for of_rank_0, of_rank_1 in refused:
-        assert of_rank_0.startswith("CheckpointGuardError: checkpoint ")
-        assert "must not be used: CK10" in of_rank_0
-        assert of_rank_1 == of_rank_0
+        kind, _, message = of_rank_0.partition(": ")
+        assert kind in ("CheckpointGuardError", "CheckpointToLoadNotFoundError")
+        assert "must not be used: CK10" in message or "Checkpoint file not found" in message
+        assert of_rank_1 == f"CheckpointGuardError: {message}"
     assert "is not the same on every rank: rank 1 sees " in other_files[0]
     assert "it is missing; rank 0: " in other_files[0]
     assert other_files[1] == other_files[0]
@@ -79,3 +81,5 @@ def test_both_ranks_act_on_one_verdict(strategy: str, tmp_path: Path) -> None:
     assert (tmp_path / "fallback" / "step=8.ckpt.corrupt").exists()
     for said, (_, path, *_) in ((no_last, cases[5]), (good, cases[6])):
         assert said == [f"step 16 from {path} judged {path}"] * 2
+    assert "CK402 optimizer 0 has no state" in lost[1]
+    assert lost[0].startswith("CheckpointGuardError: another rank refused to resume from ")

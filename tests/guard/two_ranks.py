@@ -1,7 +1,8 @@
 """Runs of two processes with the guard, one after the other: `python two_ranks.py STRATEGY ANSWERS CASES`.
 
 A case is `[SAVES, PATH, FALLBACK, RANK_1]`. Each rank writes to `ANSWERS/rank` what came of its runs. Rank 1 "sees
-nothing" at the path, as with a file system of its own, or "finds nothing" that `ckpt_path="last"` could mean.
+nothing" at the path, as with a file system of its own, or "finds nothing" that `ckpt_path="last"` could mean, or
+"loses its optimizer" after loading.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -49,6 +50,12 @@ def strategy_of(name: str) -> DDPStrategy | ModelParallelStrategy:
     )
 
 
+class Loses(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            trainer.optimizers[0].state.clear()
+
+
 def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: str) -> str:
     guard = CheckpointGuard(fallback=fallback)
     save = ModelCheckpoint(saves, filename="{step}", every_n_train_steps=4, save_top_k=-1)
@@ -58,7 +65,7 @@ def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: 
         devices=2,
         strategy=strategy_of(strategy),
         max_epochs=2 if path else 1,
-        callbacks=[save, guard],
+        callbacks=[*([Loses()] if rank_1 == "loses its optimizer" else []), save, guard],
         **quiet,
     )
     contents = loading.contents
