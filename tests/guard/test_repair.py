@@ -652,6 +652,12 @@ def test_lost_counters_are_put_back_at_an_epochs_end(
         ("epoch=1", lambda c: c["optimizer_states"][0]["state"].pop(0), "not every parameter of its optimizer"),
         ("epoch=1", lambda c: c["lr_schedulers"][0].update(last_epoch=9), r"its schedulers stand at \[9\], expected"),
         ("epoch=1", lambda c: c["callbacks"].pop("CheckpointGuard"), "it was saved without a guard"),
+        ("epoch=1", lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "it has 2 optimizers"),
+        (
+            "epoch=1",
+            lambda c: c["callbacks"]["CheckpointGuard"]["run"].update(scheduler_frequencies=[2]),
+            r"its schedulers stand at \[10\]",
+        ),
     ],
 )
 def test_lost_counters_are_not_guessed(saved: str, edit: Edit, why: str, trained: Path, tmp_path: Path) -> None:
