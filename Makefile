@@ -24,6 +24,7 @@ faults: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py
+	$(BIN)/python tests/benchmarks/bench_guard.py
 
 # torch first and with its exact version: a bare `torch` would bring gigabytes of CUDA packages.
 $(INSTALLED): pyproject.toml constraints.txt
