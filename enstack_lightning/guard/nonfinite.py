@@ -1,11 +1,14 @@
 """Losses and gradients that are not finite: noticed in the step in which they come up, said once, cheaply.
 
-On the CPU each step is looked at. On an accelerator the flags are kept on the device, for looking at them would make
-the CPU wait for it: they are looked at every `log_every_n_steps` batches, before each save and at an epoch's end.
+On the CPU each step's gradients are looked at, or every few steps' where that would take more than a hundredth of the
+time, as with large models and tiny batches. On an accelerator the flags are kept on the device, for looking at them
+would make the CPU wait for it: they are looked at every `log_every_n_steps` batches, before each save and at an epoch's
+end.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +28,10 @@ OnNonfinite = Literal["warn", "raise", "ignore"]
 _MOST_NAMES = 5
 _MOST_WATCHES = 8
 _NONE = -1
+_HALVES = {torch.float16, torch.bfloat16}
+_FLOATS = {torch.float32, torch.float64, *_HALVES}
+_CHEAP_SECONDS = 2e-4
+_SHARE = 0.008
 
 
 class NonfiniteWatch:
@@ -47,6 +54,7 @@ class NonfiniteWatch:
         self._in_bad_run = False
         self._batches_since_look = 0
         self._judged = False
+        self._looks: dict[int, tuple[float, float]] = {}
         self._loss: _OnDevice | None = None
         self._gradients: list[_OnDevice] = []
         self._bad_loss: str | None = None
@@ -65,24 +73,33 @@ class NonfiniteWatch:
 
     def gradients(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """To be called when an optimizer is about to step."""
-        if self.action == "ignore" or _has_scaler(trainer):
+        if self.action == "ignore" or _has_scaler(trainer) or not self._is_worth_it(optimizer):
             return
+        began = time.perf_counter()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [_plain(p.grad) for p in parameters]
         if not grads:
             return
         self._judged = True
         norms = gradient_norms(grads)
-        if norms.is_cpu:
+        if _is_at_hand(norms):
             if not torch.isfinite(norms.sum()):
                 bad = (~torch.isfinite(norms)).tolist() if len(norms) == len(grads) else [True] * len(grads)
                 self._note(trainer)
                 names = names_of(module, [p for p, is_bad in zip(parameters, bad, strict=True) if is_bad])
                 self._bad_gradients |= dict.fromkeys(names or ["their sum, which overflows"])
+            self._looks[id(optimizer)] = began, time.perf_counter() - began
             if self.action == "raise":
                 self._raise_if_bad(trainer)
         else:
             self._watch_of(trainer, module, parameters, norms.device).note(~torch.isfinite(norms), trainer.global_step)
+
+    def _is_worth_it(self, optimizer: Optimizer) -> bool:
+        """Whether to look at the gradients of this step; always where the loss is bad or the run is to end in time."""
+        now = time.perf_counter()
+        looked_at, cost = self._looks.get(id(optimizer), (0.0, 0.0))
+        must = self.action == "raise" or self._bad_loss is not None or cost < _CHEAP_SECONDS
+        return must or cost <= _SHARE * (now - looked_at)
 
     def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         """To be called at the end of each training batch."""
@@ -126,7 +143,7 @@ class NonfiniteWatch:
     def _see_loss(self, trainer: Trainer, loss: Tensor) -> None:
         self._judged = True
         finite = torch.isfinite(loss.detach()).all()
-        if finite.is_cpu:
+        if _is_at_hand(finite):
             if not finite:
                 self._note(trainer)
                 self._bad_loss = str(float(loss.detach().sum()))
@@ -201,15 +218,19 @@ class _OnDevice:
         return first, [i for i, step in enumerate(steps) if step == first and first != _NONE]
 
 
+@torch.no_grad()
 def gradient_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of each tensor, on one device; an element that is not finite makes its tensor's norm so."""
-    narrow = any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
-    if narrow and all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors):
+    dtypes = {t.dtype for t in tensors}
+    narrow = not dtypes.isdisjoint(_HALVES)
+    if narrow and dtypes <= _HALVES:
         norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
     else:
         norms = torch._foreach_norm([t.float() for t in tensors] if narrow else list(tensors), 2)
-    device = norms[0].device
-    return torch.stack([norm.to(device, torch.float32) for norm in norms])
+    try:
+        return torch.stack(norms)
+    except RuntimeError:  # they are on several devices
+        return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def nonfinite_among(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -239,9 +260,6 @@ def nonfinite_among(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in tensors if name in set(bad)]
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
 def names_of(module: torch.nn.Module, parameters: Iterable[Tensor]) -> list[str]:
     """What the module calls these parameters, in its own order; "a parameter" for one that is not its own."""
     wanted = {id(p) for p in parameters}
@@ -256,12 +274,19 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked at without waiting for a device."""
+    return tensor.is_cpu
+
+
 def _has_scaler(trainer: Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def _plain(tensor: Any) -> Tensor:
     """This rank's own dense numbers, of a sharded or a sparse tensor."""
+    if type(tensor) is Tensor and not tensor.is_sparse:
+        return tensor
     local: Tensor = tensor.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
     return local._values() if local.is_sparse else local

@@ -20,8 +20,9 @@ from enstack_lightning import CheckpointGuard, CheckpointGuardError, RecoveryChe
 from enstack_lightning.checkpoint import find_checkpoints, find_last_good
 from enstack_lightning.checkpoint.verify import verify_checkpoint
 from enstack_lightning.errors import CheckpointError
+from enstack_lightning.guard import nonfinite
 from enstack_lightning.guard.choice import choose_newest
-from enstack_lightning.guard.nonfinite import nonfinite_among
+from enstack_lightning.guard.nonfinite import NonfiniteWatch, nonfinite_among
 
 NAN, INF = float("nan"), float("inf")
 
@@ -204,6 +205,51 @@ def test_a_step_that_the_scaler_skips_is_not_reported(tmp_path: Path) -> None:
     assert fit(tmp_path, module, plugins=[scaled()]) == []
     assert finite(module)
     assert len(about_steps(fit(tmp_path, Sick(3), plugins=[scaled()]))) == 1
+
+
+def test_a_look_that_would_cost_too_much_is_taken_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonfinite, "_CHEAP_SECONDS", -1.0)
+    monkeypatch.setattr(nonfinite, "_SHARE", 0.0)
+    (said,) = about_steps(fit(tmp_path, SickGradient(6)))
+    assert "the loss is nan" in said, "the step after is noticed by its loss"
+    assert "in step 8 (epoch 1)" in said
+    with pytest.raises(CheckpointGuardError, match="in step 7 "):
+        fit(tmp_path, SickGradient(6), action="raise")
+
+
+class Looks(Callback):
+    """The batches at whose end the device has been looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at: list[int] = []
+        self.batches = 0
+        look = NonfiniteWatch.look
+        monkeypatch.setattr(NonfiniteWatch, "look", lambda *args: self.at.append(self.batches) or look(*args))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+
+@pytest.mark.parametrize(("module", "what"), [(Sick(8), "the loss is not finite"), (SickGradient(8), "second.weight")])
+def test_a_device_is_looked_at_every_few_batches_and_the_first_bad_step_is_known_all_the_same(
+    module: TinyModule, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonfinite, "_is_at_hand", lambda tensor: False)
+    looks = Looks(monkeypatch)
+    (said,) = about_steps(fit(tmp_path, module, looks, log_every_n_steps=3))
+    assert what in said
+    assert "layer.weight" not in said.partition(" in step ")[0] or isinstance(module, Sick)
+    assert " in step 9 " in said
+    assert looks.at == [3, 5, 8, 10, 13, 15], "every third batch and at each epoch's end"
+
+
+def test_a_device_is_looked_at_before_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonfinite, "_is_at_hand", lambda tensor: False)
+    looks = Looks(monkeypatch)
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4)
+    with pytest.raises(CheckpointGuardError, match="in step 7 "):
+        fit(tmp_path, Sick(6), looks, saves, action="raise")
+    assert looks.at == [4, 5, 8]
 
 
 def test_an_action_that_is_none_is_refused() -> None:
