@@ -177,6 +177,17 @@ def test_a_finished_run_says_that_resuming_would_train_nothing(
     assert "CK906 max_epochs is 2, and 2 epochs are done: the run would train nothing" in capsys.readouterr().err
 
 
+def test_the_command_line_wins_over_the_checkpoint(fitted: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """LightningCLI lets the checkpoint's hyper-parameters win: Lightning-AI/pytorch-lightning issue 20801."""
+    run, arguments = fitted
+    given = [*arguments, "--trainer.default_root_dir", str(tmp_path / "longer"), "--trainer.max_epochs", "3"]
+    given += ["--model.learning_rate", "0.003", "--ckpt_path", str(run / "checkpoints" / "last_checkpoint.ckpt")]
+    with pytest.warns(UserWarning, match="CK907"):  # and the restored schedule wins over both, which is said
+        assert main(["fit", *given]) == 0
+    saved = yaml.safe_load(next((tmp_path / "longer").rglob("config.yaml")).read_text())
+    assert saved["model"]["learning_rate"] == 0.003
+
+
 # Wrong calls: one sentence, the right status
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ def test_what_is_no_checkpoint_is_called_what_it_is(content: bytes, called: str,
     with pytest.raises(CheckpointGuardError, match=called) as refused:
         resume(tmp_path / "c.ckpt", tmp_path)
     assert "weights_only" not in str(refused.value)
+
+
+def test_a_missing_record_is_named(trained: Path, tmp_path: Path) -> None:
+    """Every checksum of such a file is right."""
+    with zipfile.ZipFile(trained / "step=7.ckpt") as whole, zipfile.ZipFile(tmp_path / "c.ckpt", "w") as lacking:
+        for name in whole.namelist():
+            if not name.endswith("/data/0"):
+                lacking.writestr(name, whole.read(name))
+    with pytest.raises(CheckpointGuardError, match=r"c\.ckpt must not be used: CK10\d .*data/0"):
+        resume(tmp_path / "c.ckpt", tmp_path)
 
 
 def test_a_bare_state_dict_is_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
@@ -176,6 +188,11 @@ def test_batches_that_a_plain_loader_trains_twice_are_counted(tmp_path: Path) ->
     assert "2 batches trained twice" in guard.report.resume.sentence
 
 
+def test_a_loader_of_another_kind_ends_in_lightnings_error(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="CombinedLoader has 0 stateful loaders, but found 1 states"):
+        resume(trained / "step=7.ckpt", tmp_path, module=Plain())
+
+
 class Manual(LightningModule):
     """Steps past Lightning's counter."""
 
@@ -225,3 +242,18 @@ def test_a_counter_that_manual_optimization_does_not_read_is_said(tmp_path: Path
     resume(None, tmp_path, every_epoch(tmp_path), max_epochs=1, module=OldKind())
     with pytest.raises(CheckpointGuardError, match="CK302 the run's global_step is 0, and 5 optimizer steps"):
         resume(tmp_path / "epoch=0.ckpt", tmp_path, max_epochs=2, module=Manual(counted=True))
+
+
+# The list
+
+
+def test_every_known_failure_names_a_test_that_there_is() -> None:
+    here = Path(__file__).parent
+    rows = [line for line in (here / "KNOWN_FAILURES.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| without the guard", "| ---"))]
+    assert len(rows) > 50
+    for row in rows:
+        named = re.findall(r"`([\w./]+\.py)::(test_\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (here / file).read_text(), (file, name)
