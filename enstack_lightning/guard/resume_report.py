@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from enstack_lightning.checkpoint import Facts, Options, Report, Severity
+from enstack_lightning.checkpoint import Facts, Report, Severity
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
 from enstack_lightning.checkpoint.rules.scheduler import highest_rate
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-_SHOWN = (Severity.INFO, Severity.WARNING, Severity.ERROR)
 
 
 def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...]) -> list[str]:
@@ -26,21 +24,23 @@ def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple
         lrs_before: the configured learning rates, one a param group, before the checkpoint was restored.
         lrs_after: the restored ones.
     """
-    plan, facts = report.resume, report.facts
+    plan = report.resume
     lines = [("resume from", report.path)]
     if plan is not None:
         lines.append(("epoch", plan.sentence))
     lines += _steps(report)
     if lrs_before and lrs_after:
         lines.append(("learning rate", f"{lrs_before[0]:.2e} before restoring, {lrs_after[0]:.2e} after"))
-        lines += _range(facts, report.options, lrs_after[0])
+        lines += _range(report, lrs_after[0])
     for finding in report.findings:
-        if finding.severity in _SHOWN and (finding.severity is not Severity.INFO or finding.code.startswith("CK9")):
-            name = "changed" if finding.severity is Severity.INFO else str(finding.severity)
-            lines.append((name, f"{finding.code} {finding.message}"))
-            if finding.hint and finding.severity is not Severity.INFO:
-                causes = finding.code in ("CK401", "CK403")
-                lines.append(("possible causes" if causes else "what to do", finding.hint))
+        if finding.severity is Severity.PASS:
+            continue
+        is_info = finding.severity is Severity.INFO
+        name = ("changed" if finding.code.startswith("CK9") else "note") if is_info else str(finding.severity)
+        lines.append((name, f"{finding.code} {finding.message}"))
+        if finding.hint and not is_info:
+            causes = finding.code in ("CK401", "CK403")
+            lines.append(("possible causes" if causes else "what to do", finding.hint))
     lines.append(("verdict", report.verdict.upper()))
     return [f"{name:<16} {said}" for name, said in lines]
 
@@ -81,13 +81,17 @@ def _calculation(facts: Facts) -> str:
     return f" = ({p.epochs_completed:,} epochs x {steps:,} steps) + {rest:,} mid-epoch steps"
 
 
-def _range(facts: Facts, options: Options, rate: float) -> list[tuple[str, str]]:
+def _range(report: Report, rate: float) -> list[tuple[str, str]]:
+    facts, lowest = report.facts, report.options.min_lr
     groups = [group for optimizer in facts.optimizers or () for group in optimizer.groups]
-    highest = highest_rate(facts, groups[0], options) if groups else math.inf
+    highest = highest_rate(facts, groups[0], report.options) if groups else math.inf
     if not math.isfinite(highest):
         return []
-    judged = "in range" if options.min_lr <= rate <= highest else "out of range"
-    return [("expected range", f"{options.min_lr:.2e} to {highest:.2e}: {judged}")]
+    if any(f.code == "CK502" and f.severity is Severity.WARNING for f in report.findings):
+        judged = "out of range"
+    else:
+        judged = "in range" if lowest <= rate <= highest else "next to 0, as at a schedule's start or end"
+    return [("expected range", f"{lowest:.2e} to {highest:.2e}: {judged}")]
 
 
 def resume_scalars(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...]) -> dict[str, float]:

@@ -908,6 +908,27 @@ def test_the_resume_report_says_steps_calculation_and_rates(tmp_path: Path, capl
         assert line in told
 
 
+@pytest.mark.parametrize(
+    ("bounds", "shown"),
+    [(None, "1.00e-08 to 2.00e-02: next to 0, as at"), ((1e-8, 1e-3), "1.00e-08 to 1.00e-03: out of range")],
+)
+def test_the_range_is_judged_as_the_rule_judges_it(
+    bounds: tuple[float, float] | None, shown: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rate of 0 at the start of a warm-up is in order, and so said; one above the bounds is not."""
+
+    def module() -> Net:
+        factor = 0.0 if bounds is None else 1.0
+        return Net(schedule=lambda o: schedules.LambdaLR(o, lambda s: factor if s < 12 else 1.0))
+
+    path = save(tmp_path, module())
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(lr_bounds=bounds), max_epochs=EPOCHS)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module(), ckpt_path=path)
+    assert f"expected range   {shown}" in "\n".join(r.getMessage() for r in caplog.records)
+
+
 def test_a_mismatch_is_shown_with_figures_and_possible_causes(
     plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
