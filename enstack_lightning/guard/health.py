@@ -37,6 +37,10 @@ class Health:
         self.saves = SoundSaves()
         self.preemption = Preemption(save_on_signal, key)
 
+    def anew(self) -> Health:
+        """The same settings, before any Trainer."""
+        return Health(self.watch.action, self.preemption.enabled, self.preemption.key)
+
     def start(self, trainer: Trainer, module: LightningModule, checkpoint_io: GuardedCheckpointIO | None) -> None:
         """`on_train_start`, with everything restored."""
         self.watch.start()
@@ -52,6 +56,7 @@ class Health:
 
     def before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """`on_before_optimizer_step`."""
+        self.saves.before_step()
         self.watch.gradients(trainer, module, optimizer)
 
     def batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:

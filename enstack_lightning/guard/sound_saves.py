@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,24 +43,37 @@ class SoundSaves:
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
         self._trained: frozenset[str] = frozenset()
-        self._from_the_start: frozenset[str] = frozenset()
+        self._from_the_start: frozenset[str] | None = None
         self._known: tuple[tuple[int, int], list[str]] | None = None
         self._aside = ""
         self._in_bad_run = False
         self._passing = False
         self._passed: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"trainer": None}  # a copy of a callback whose saves go through here has another Trainer
+
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """To be called when training starts, with everything restored."""
         self.__init__()  # type: ignore[misc]
         self.trainer = trainer
         self._trained = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
-        self._from_the_start = frozenset(nonfinite_among(_live_tensors(trainer)))
         for callback in trainer.checkpoint_callbacks:
             if is_model_checkpoint(callback):
                 for name in _GATED:
                     if callable(getattr(callback, name, None)):
                         setattr(callback, name, _Gate(self, callback, name))
+
+    def before_step(self) -> None:
+        """To be called before an optimizer steps: until the first one does, all is as it was at the start."""
+        if self.trainer is not None:
+            self._not_from_the_start(())
+
+    def _not_from_the_start(self, bad: Iterable[str]) -> list[str]:
+        assert self.trainer is not None
+        if self._from_the_start is None:
+            self._from_the_start = frozenset(nonfinite_among(_live_tensors(self.trainer)))
+        return [name for name in bad if name not in self._from_the_start]
 
     def stop(self) -> None:
         """To be called at teardown; the callbacks are as they were."""
@@ -117,7 +130,7 @@ class SoundSaves:
         key = trainer.global_step, progress.ready
         if self._known is None or self._known[0] != key:
             found = nonfinite_among(_live_tensors(trainer))
-            self._known = key, [name for name in found if name not in self._from_the_start]
+            self._known = key, self._not_from_the_start(found)
         return self._known[1]
 
     def _keep_only(self, trainer: Trainer, path: str) -> None:
@@ -135,7 +148,7 @@ class SoundSaves:
             return path
         if self.trainer is None or name.endswith(NONFINITE_SUFFIX):
             return path
-        bad = [n for n in nonfinite_among(self._saved_tensors(checkpoint)) if n not in self._from_the_start]
+        bad = self._not_from_the_start(nonfinite_among(self._saved_tensors(checkpoint)))
         if not bad:
             return path
         rank_zero_warn(
