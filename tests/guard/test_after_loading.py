@@ -433,6 +433,29 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[], Net], dict[str, Any], s
         "CK505",
         "error the schedule has 10 of 20 steps left and the run 20",
     ),
+    "less data than its one cycle": (
+        lambda: Net(schedule=second(schedules.OneCycleLR, max_lr=0.1, total_steps=20)),
+        lambda: Net(
+            data=TensorDataset(features(12)), schedule=second(schedules.OneCycleLR, max_lr=0.1, total_steps=20)
+        ),
+        {},
+        "CK505",
+        "warning the schedule has 10 of 20 steps left and the run 6: training ends before its learning rate has come",
+    ),
+    "a shorter run than its cosine": (
+        lambda: Net(schedule=second(schedules.CosineAnnealingLR, T_max=20)),
+        lambda: Net(schedule=second(schedules.CosineAnnealingLR, T_max=20)),
+        {"max_epochs": 3},
+        "CK505",
+        "info the schedule has 10 of 20 steps left and the run 5",
+    ),
+    "a longer run than its cosine": (
+        lambda: Net(schedule=second(schedules.CosineAnnealingLR, T_max=20)),
+        lambda: Net(schedule=second(schedules.CosineAnnealingLR, T_max=20)),
+        {"max_epochs": 8},
+        "CK505",
+        "info CosineAnnealingLR reaches its end at step 20, and the run goes on to 40: the rate rises again after it",
+    ),
     "a frozen layer": (
         Net,
         lambda: frozen_but_given(),
@@ -464,7 +487,15 @@ def test_a_change_is_said_before_a_batch_is_trained(name: str, plain: Path, tmp_
         report = resume(path, after(), **options)
         assert says in said(report, code)
         severity = says.partition(" ")[0]
-        also = {"batch size", "accumulation", "class of scheduler", "interval", "a new scheduler", "no scheduler"}
+        also = {
+            "batch size",
+            "accumulation",
+            "class of scheduler",
+            "interval",
+            "a new scheduler",
+            "no scheduler",
+            "less data than its one cycle",
+        }
         assert name in also or all(code in c or severity == "info" for c in complaints(report)), complaints(report)
 
 

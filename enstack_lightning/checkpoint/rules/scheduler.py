@@ -318,11 +318,13 @@ def schedule_exhausted(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     `OneCycleLR` raises ValueError at the step after its last: an error where the length of the run is known and more
     than that is left of it, else worth knowing. Its length comes from the checkpoint, so a longer run does not help.
-    `CosineAnnealingLR` rises again after `T_max` and `PolynomialLR` stays at 0: worth knowing.
+    `CosineAnnealingLR` rises again after `T_max` and `PolynomialLR` stays at 0: worth knowing. Of a live run it is said
+    as well where the run has become shorter than its schedule, a warning unless its length was changed on purpose.
     """
     schedulers = facts.schedulers or ()
     for index, scheduler in enumerate(schedulers):
         left = _scheduler_steps_left(facts, index) if len(facts.optimizers or ()) == 1 else None
+        yield from _ends_before_its_schedule(scheduler, left, facts)
         if scheduler.total_steps:
             yield from _one_cycle_left(scheduler, left)
         elif left and scheduler.curve and scheduler.kind in _COMES_BACK and scheduler.last_epoch is not None:
@@ -333,6 +335,25 @@ def schedule_exhausted(facts: Facts, options: Options) -> Iterator[Outcome]:
                     f"{scheduler.last_epoch + left:,}: {_COMES_BACK[scheduler.kind]}",
                     "scheduler",
                 )
+
+
+def _ends_before_its_schedule(scheduler: SchedulerFacts, left: int | None, facts: Facts) -> Iterator[Outcome]:
+    """What a run leaves of its schedule that has fewer steps than the one that saved."""
+    before = facts.saved.run.total_steps if facts.saved is not None else None
+    curve = scheduler.curve if scheduler.kind in _COMES_BACK else ()
+    end = scheduler.total_steps or (curve[-1][0] if curve else None)
+    if left is None or end is None or scheduler.last_epoch is None or before in (None, facts.run.total_steps):
+        return
+    ahead = end - scheduler.last_epoch
+    if left < ahead - 1:
+        say = info if trains_longer(facts) else warning
+        yield say(
+            f"the schedule has {ahead:,} of {end:,} steps left and the run {left:,}: training ends before its learning "
+            "rate has come down",
+            "scheduler",
+            f"The run had {before:,} steps when it was saved, and has {facts.run.total_steps or 0:,} now: data, batch "
+            "size, accumulation or max_epochs changed.",
+        )
 
 
 def _one_cycle_left(scheduler: SchedulerFacts, left: int | None) -> Iterator[Outcome]:
