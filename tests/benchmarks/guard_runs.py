@@ -24,6 +24,7 @@ from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint.manifest import manifest_path
 
 HERE = Path(__file__).parent
+PLAIN = [str(HERE / "plain_cli.py"), "fit", "--model.vocab_size", "300"]
 ROWS = 4096
 OF_STEPS = ("batch", "backward", "optimizer_step", "zero_grad")
 
@@ -211,7 +212,6 @@ def command_line(folder: Path, layers: int) -> list[str]:
         "num_hidden_layers": str(layers),
         "num_attention_heads": "12",
         "intermediate_size": "3072",
-        "vocab_size": "300",
     }
     data = {
         "path": str(folder),
@@ -236,7 +236,7 @@ def run(arguments: list[str]) -> str:
 def write_cli_checkpoint(folder: Path, layers: int) -> Path:
     """A checkpoint of the plain command line, of 1.5 GB with 17 layers."""
     write_rows(folder)
-    run([str(HERE / "plain_cli.py"), "fit", *command_line(folder, layers), "--trainer.max_steps", "1"])
+    run([*PLAIN, *command_line(folder, layers), "--trainer.max_steps", "1"])
     (path,) = folder.rglob("*.ckpt")
     manifest_path(path).unlink(missing_ok=True)
     return path
@@ -245,8 +245,8 @@ def write_cli_checkpoint(folder: Path, layers: int) -> Path:
 def measure_cli(folder: Path, path: Path, layers: int, repeats: int) -> dict[str, float]:
     """Median seconds from the start of a process to its first batch, when it resumes."""
     ends = ["--trainer.callbacks+=first_batch.FirstBatch", "--trainer.max_steps", "20", "--ckpt_path", str(path)]
-    call = ["fit", *command_line(folder, layers), *ends]
-    ways = {"plain": [str(HERE / "plain_cli.py")], "enstack": ["-m", "enstack_lightning"]}
+    call = [*command_line(folder, layers), *ends]
+    ways = {"plain": PLAIN, "enstack": ["-m", "enstack_lightning", "fit"]}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, program in ways.items():
