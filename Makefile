@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint types faults benchmark clean
+.PHONY: demo test lint types faults benchmark lightning-tests clean
 
 demo: $(INSTALLED)
 	$(BIN)/enstack demo
@@ -25,6 +25,10 @@ faults: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py
 	$(BIN)/python tests/benchmarks/bench_guard.py
+
+# Lightning's own tests without the guard and with it; LIGHTNING is a checkout of Lightning at the installed version.
+lightning-tests: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/lightning_tests.py $(LIGHTNING)
 
 # torch first and with its exact version: a bare `torch` would bring gigabytes of CUDA packages.
 $(INSTALLED): pyproject.toml constraints.txt

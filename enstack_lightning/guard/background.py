@@ -101,10 +101,20 @@ class BackgroundSaves:
     """
 
     def __init__(self, checkpoint_io: Any, announce: Callable[[Any], None], memory: SnapshotMemory | None) -> None:
-        self._save = checkpoint_io.save_checkpoint
-        self._teardown = checkpoint_io.teardown
+        self._checkpoint_io = checkpoint_io
         self._announce = announce
         self._memory = memory
+        self._installed = False
+
+    def install(self) -> None:
+        """What a user had set on the object comes back at `teardown`, which a Trainer calls after each of its runs."""
+        if self._installed:
+            return
+        own = vars(self._checkpoint_io)
+        self._before = {name: own[name] for name in ("save_checkpoint", "teardown") if name in own}
+        self._save, self._teardown = self._checkpoint_io.save_checkpoint, self._checkpoint_io.teardown
+        own.update(save_checkpoint=self.save_checkpoint, teardown=self.teardown)
+        self._installed = True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
         self._announce(path)
@@ -117,6 +127,11 @@ class BackgroundSaves:
         finally:
             if self._memory is not None:
                 self._memory.let_go()
+            if self._before:
+                own = vars(self._checkpoint_io)
+                del own["save_checkpoint"], own["teardown"]
+                own.update(self._before)
+                self._installed = False
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -163,6 +163,10 @@ class CheckpointGuard(Callback):
         self._trainer: Trainer | None = None
         self._restart: ExactRestart | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to one Trainer stays with it, and is made anew for the Trainer of a copy.
+        return vars(self) | {"_checkpoint_io": None, "_trainer": None, "_restart": None, "_health": self._health.anew()}
+
     # Before loading
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -251,6 +255,8 @@ class CheckpointGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:
             restore_loader_position(trainer)
+        if self._restart is not None:
+            self._restart.count_batches_of_another_size()
         self._run = run_of(trainer, self._given)
         self._health.start(trainer, pl_module, self._checkpoint_io)
         if self._loaded is None:

@@ -91,6 +91,7 @@ class GuardedCheckpointIO(CheckpointIO):
         self.resumed_from: str | None = None
         self._cleaned: set[Path] = set()
         self._warned = False
+        self.background: BackgroundSaves | None = None
 
     # Saving
 
@@ -310,6 +311,8 @@ def guard_checkpoint_io(
         inner.verify, inner.verify_after_save = verify, verify_after_save
         inner._cleaned.clear()
         inner.retention.judge_by(options)
+        if inner.background is not None:
+            inner.background.install()
         guard_sharded_saves(strategy, inner)
         return inner
     guarded = GuardedCheckpointIO(inner, verify, options, verify_after_save)
@@ -319,10 +322,10 @@ def guard_checkpoint_io(
         outer._checkpoint_io = guarded  # its setter takes only the first
         # Others may look into the checkpoint, or keep it.
         alone = outer is outermost and is_just(outer, "AsyncCheckpointIO") and is_just(inner, "TorchCheckpointIO")
-        background = BackgroundSaves(
+        guarded.background = BackgroundSaves(
             outermost, lambda path: guarded.retention.announce(_name(path)), SnapshotMemory() if alone else None
         )
-        outermost.save_checkpoint, outermost.teardown = background.save_checkpoint, background.teardown
+        guarded.background.install()
     guard_sharded_saves(strategy, guarded)
     return guarded
 

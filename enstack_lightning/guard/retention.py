@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
@@ -51,6 +51,14 @@ class Retention:
         self._count = 0
         self._lock = threading.RLock()
         self.judge_by(options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning's callbacks hold their Trainer, and users copy callbacks: all that a Trainer holds can be copied.
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
 
     def judge_by(self, options: Options) -> None:
         """Judges by these options from now on; what was judged by others is judged anew."""

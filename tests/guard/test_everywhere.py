@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -135,6 +139,43 @@ def test_a_guard_of_the_user_stays_the_only_one(tmp_path: Path, monkeypatch: pyt
 def test_every_flavor_of_lightning_finds_it() -> None:
     for group in GROUPS:
         assert [e.load() for e in entry_points(group=group) if e.name == "enstack_guard"] == [callbacks]
+
+
+class Copies(Callback):
+    """Copies the Trainer's callbacks while it runs, as sweeps and launchers do."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.copies = copy.deepcopy(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def test_the_list_of_callbacks_stays_and_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENSTACK_GUARD", "step_tolerance=3")
+    trainer = quiet_trainer(tmp_path, Copies(), every_step(tmp_path), max_epochs=1)
+    before = list(trainer.callbacks)  # type: ignore[attr-defined]
+    trainer.fit(TinyModule())
+    assert before == trainer.callbacks  # type: ignore[attr-defined]
+    (guard,) = [c for c in copy.deepcopy(trainer.callbacks) if isinstance(c, CheckpointGuard)]  # type: ignore[attr-defined]
+    again = pickle.loads(pickle.dumps(guard))
+    trainer = fitted(tmp_path / "again", again, every_step(tmp_path / "again"))
+    assert (tmp_path / "again" / "step=5.ckpt.manifest.json").is_file()
+
+
+def test_what_a_user_set_on_a_plugin_is_there_after_the_run(tmp_path: Path) -> None:
+    plugin = AsyncCheckpointIO()
+    plugin.save_checkpoint = mine = Mock(wraps=plugin.save_checkpoint)  # type: ignore[method-assign]
+    for folder in (tmp_path, tmp_path / "again"):
+        trainer = quiet_trainer(folder, CheckpointGuard(), every_step(folder), max_epochs=1, plugins=[plugin])
+        trainer.fit(TinyModule())
+        assert plugin.save_checkpoint is mine
+        assert (folder / "step=5.ckpt.manifest.json").is_file()
+    assert mine.call_count == 10
+
+
+def test_a_checkpoint_that_is_not_there_is_also_a_file_not_found(tmp_path: Path) -> None:
+    for verb, module in (("fit", TinyModule()), ("validate", BoringModel())):
+        with pytest.raises(FileNotFoundError, match=r"Checkpoint file not found: .*none\.ckpt") as raised:
+            getattr(quiet_trainer(tmp_path, CheckpointGuard()), verb)(module, ckpt_path=tmp_path / "none.ckpt")
+        assert isinstance(raised.value, CheckpointGuardError)
 
 
 # By YAML
