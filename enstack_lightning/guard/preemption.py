@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 DOUBLED_SECONDS = 1.0
 """A signal so soon after the first is the same one: `timeout` and others signal a process and then its group."""
-_AGREE_SECONDS = 0.2
+_AGREE_SECONDS = 1.0
 _MOST_BATCHES = 1_000
+_CHILD: Any = getattr(signal, "SIGCHLD", None)
 
 
 class Preemption:
@@ -42,7 +43,7 @@ class Preemption:
     resumed run validates anew; with several processes the validation is waited for, since they may not validate alike.
 
     All ranks save after the same batch, whichever of them a signal has reached: they ask each other once in about
-    0.2 s, and after each batch where that is longer.
+    a second, or after each batch where batches take longer.
 
     Args:
         enabled: whether to do anything.
@@ -59,6 +60,7 @@ class Preemption:
         self._before: dict[int, Any] = {}
         self._received: int = 0
         self._received_at = 0.0
+        self._childrens: Any = None
         self._waiting = False
         self._agreement = _Agreement()
         self._before_validation: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -84,6 +86,7 @@ class Preemption:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, before)
         self._before = {}
+        self._hear_children()
         self._trainer = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -93,8 +96,26 @@ class Preemption:
             self._end_at_once(number)
         elif not self._received:
             self._received, self._received_at = number, time.monotonic()
+            self._do_not_hear_children()
             for handler in self._handlers(number, lightnings=False):
                 handler(number, frame)
+
+    def _do_not_hear_children(self) -> None:
+        """A signal to the whole group ends the loaders' workers, and torch raises an error of that in mid-step."""
+        handler = signal.getsignal(_CHILD) if _CHILD is not None else None
+        if callable(handler):
+            self._childrens = handler
+            signal.signal(_CHILD, _nothing)
+
+    def _hear_children(self) -> None:
+        if self._childrens is not None and signal.getsignal(_CHILD) is _nothing:
+            signal.signal(_CHILD, self._childrens)
+        self._childrens = None
+
+    def _go_on(self) -> None:
+        """The signal is dealt with, and the run does not end of it."""
+        self._received = 0
+        self._hear_children()
 
     def _in_a_child(self, number: int, frame: Any) -> None:
         """In a process that was forked from this one, a loader's worker or another."""
@@ -158,7 +179,7 @@ class Preemption:
         if requeue:
             for handler in requeue:
                 handler(number, None)
-            self._received = 0
+            self._go_on()
             return
         path = self._save(trainer)
         rank_zero_info(f"CheckpointGuard: {signal.Signals(number).name} received; saved {path} to resume from")
@@ -190,7 +211,7 @@ class Preemption:
             if at_once:
                 raise _sigterm_exception(trainer)
         elif self._handlers(number, lightnings=False):
-            self._received = 0
+            self._go_on()
         else:
             trainer.strategy.checkpoint_io.teardown()  # saves in the background come to their end
             for logger in trainer.loggers:
@@ -236,6 +257,10 @@ class _Last(Callback):
     def _do(self, trainer: Trainer, *_: Any) -> None:
         trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         self.act()
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """Handles a signal by doing nothing."""
 
 
 def _signals(trainer: Trainer) -> list[int]:

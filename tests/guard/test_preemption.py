@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
@@ -75,8 +76,12 @@ class Pause(Callback):
             self._count()
 
 
-def signalled(train: Callable[[Callable[[], None]], object], *signals: tuple[float, int]) -> tuple[int, float]:
+def signalled(
+    train: Callable[[Callable[[], None]], object], *signals: tuple[float, int], group: bool = False
+) -> tuple[int, float]:
     """Trains in a child, and sends each signal so many seconds after the one before, from when the child tells.
+
+    With `group` its own children get them too, as when a scheduler ends a job.
 
     Returns:
         How the child ended, as `subprocess` has it, and how long it lived after the first signal.
@@ -100,7 +105,7 @@ def signalled(train: Callable[[Callable[[], None]], object], *signals: tuple[flo
     began = time.monotonic()
     for seconds, number in signals:
         time.sleep(seconds)
-        os.kill(child, number)
+        (os.killpg if group else os.kill)(child, number)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status, time.monotonic() - began
 
@@ -126,21 +131,21 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 # The run goes on as if nothing had been
 
-MOMENTS = {
-    "inside an epoch": ({}, 7, False),
-    "in a run's first batch": ({}, 1, False),
-    "inside an accumulation window": ({"accumulate_grad_batches": 2}, 6, False),
-    "with saves in the background": ({"plugins": [AsyncCheckpointIO()]}, 7, False),
-    "in the last batch of an epoch": ({}, 10, False),
-    "before a validation": ({"val_check_interval": 2}, 7, False),
-    "inside a validation": ({"val_check_interval": 2}, 5, True),
-    "inside the validation at an epoch's end": ({}, 5, True),
+MOMENTS = {  # options of the Trainer, the batch that is signalled in, the batches that are trained by the save
+    "inside an epoch": ({}, 7, False, 7),
+    "in a run's first batch": ({}, 1, False, 1),
+    "inside an accumulation window": ({"accumulate_grad_batches": 2}, 6, False, 6),
+    "with saves in the background": ({"plugins": [AsyncCheckpointIO()]}, 7, False, 7),
+    "in the last batch of an epoch": ({}, 10, False, 10),
+    "before a validation": ({"val_check_interval": 2}, 7, False, 7),
+    "inside a validation": ({"val_check_interval": 2}, 5, True, 4),
+    "inside the validation at an epoch's end": ({}, 5, True, 10),
 }
 
 
-@pytest.mark.parametrize(("options", "at", "validation"), MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize(("options", "at", "validation", "done"), MOMENTS.values(), ids=MOMENTS)
 def test_a_run_that_was_ended_goes_on_at_the_next_batch(
-    options: dict[str, Any], at: int, validation: bool, tmp_path: Path
+    options: dict[str, Any], at: int, validation: bool, done: int, tmp_path: Path
 ) -> None:
     whole = trained(tmp_path / "whole", Validated, every_epoch(tmp_path / "whole"), **options)
 
@@ -154,9 +159,6 @@ def test_a_run_that_was_ended_goes_on_at_the_next_batch(
     assert newest is not None
     assert newest.path == str(path)
     resumed = trained(tmp_path, Validated, every_epoch(tmp_path), seed=99, ckpt_path=path, **options)
-    done = len(whole.rows) - len(resumed.rows)
-    if not validation:
-        assert done == at
     assert resumed.rows == whole.rows[done:]
     assert resumed.losses == whole.losses[done:]
     assert same_weights(resumed, whole)
@@ -178,6 +180,27 @@ def test_the_status_is_that_of_a_run_without_the_guard(tmp_path: Path) -> None:
         checked(tmp_path / f"with-{number}" / RECOVERY)
 
 
+class Workers(TinyModule):
+    def train_dataloader(self) -> StatefulDataLoader:
+        loader = super().train_dataloader()
+        return StatefulDataLoader(
+            loader.dataset, batch_size=4, sampler=loader.sampler, num_workers=2, generator=torch.Generator()
+        )
+
+
+@pytest.mark.parametrize("number", [TERM, USR1])
+def test_a_signal_to_the_whole_group_that_ends_the_workers_too(number: int, tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", Workers, every_epoch(tmp_path / "whole"))
+
+    def train(tell: Callable[[], None]) -> None:
+        trained(tmp_path, Workers, every_epoch(tmp_path), Pause(7, tell))
+
+    assert signalled(train, (0, number), group=True)[0] == (0 if number == TERM else -USR1)
+    resumed = trained(tmp_path, Workers, every_epoch(tmp_path), ckpt_path=checked(tmp_path / RECOVERY))
+    assert resumed.rows == whole.rows[7:]
+    assert same_weights(resumed, whole)
+
+
 # Which signals, and how often
 
 
@@ -185,9 +208,9 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     def train(tell: Callable[[], None]) -> None:
         trained(tmp_path, TinyModule, every_epoch(tmp_path), Pause(7, tell, seconds=60))
 
-    status, seconds = signalled(train, (0, TERM), (1.2, TERM))
+    status, seconds = signalled(train, (0, TERM), (2.5, TERM))
     assert status == -TERM
-    assert seconds < 3
+    assert seconds < 30
     assert not (tmp_path / RECOVERY).exists()
 
 
