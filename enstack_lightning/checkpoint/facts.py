@@ -387,6 +387,8 @@ class Facts:
         loader_position: whether the training data loader's position is in the checkpoint.
         loader_spent: whether that position is behind the last batch of an epoch that is not complete yet, in a loader
             that gives no batch when it is put there.
+        moment: the moment of the save that CheckpointGuard recorded, at which its run goes on; None without it.
+        part_gradients: whether the gradients of a part-done accumulation window are in the checkpoint.
         live: whether a running Trainer said all this, rather than a file.
         saved: of a live run: the facts of the checkpoint that it was restored from.
     """
@@ -416,6 +418,8 @@ class Facts:
     manifest: ManifestFacts | None = None
     loader_position: bool = False
     loader_spent: bool = False
+    moment: str | None = None
+    part_gradients: bool = False
     live: bool = False
     saved: Facts | None = None
 

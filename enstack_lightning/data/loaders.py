@@ -145,18 +145,33 @@ class TrainingSampler(DistributedSampler[int]):
         self.batch_size = batch_size
         self.max_batches = max_batches
         self.trainer_epoch: int | None = None
+        self.batches_left: int | None = None
+        """Batches of a part-done epoch that was begun with batches of another size; None for any other epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iterator; Lightning calls it, also before it restores an iterator."""
         self.epoch = self.trainer_epoch = epoch
 
-    def order_of_this_process(self) -> list[int]:
-        """The rows that this process visits in the sampler's epoch; processes repeat some so that all have as many."""
-        order = epoch_order(self.lengths, self.seed, self.epoch, self.batch_size * self.num_replicas)
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch over all processes."""
+        return self.batch_size * self.num_replicas
+
+    def order_of_this_process(self, drawn: int = 0, batch_rows: int | None = None) -> list[int]:
+        """The rows that this process visits in the sampler's epoch; processes repeat some so that all have as many.
+
+        Args:
+            drawn: Rows that all processes together have drawn already, in this order.
+            batch_rows: Rows of a batch over all processes when the order was begun; None for those of now.
+        """
+        order = epoch_order(self.lengths, self.seed, self.epoch, batch_rows or self.batch_rows)
         missing = self.total_size - len(order)
         order += (order * (missing // len(order) + 1))[:missing]
-        mine = order[self.rank :: self.num_replicas]
-        return mine if self.max_batches is None else mine[: self.max_batches * self.batch_size]
+        if self.max_batches is not None:
+            order = order[: self.max_batches * self.batch_rows]
+        left = order[drawn:]
+        left += order[: -len(left) % self.num_replicas]
+        return left[self.rank :: self.num_replicas]
 
     def __iter__(self) -> TrainingSamplerIterator:
         return TrainingSamplerIterator(self)
@@ -165,8 +180,9 @@ class TrainingSampler(DistributedSampler[int]):
 class TrainingSamplerIterator(Iterator[int]):
     """One epoch's walk over the rows; torchdata saves and restores its position.
 
-    Its state names seed, epoch and the rows drawn by all processes together, so it is the same on every process and
-    holds for another number of processes as well.
+    Its state names seed, epoch and the rows drawn by all processes together, so it is the same on every process. It
+    holds for another number of processes and another batch size as well: the epoch keeps its order, and the rows that
+    are left are shared out anew.
 
     Args:
         sampler: The sampler whose epoch is walked.
@@ -174,9 +190,7 @@ class TrainingSamplerIterator(Iterator[int]):
 
     def __init__(self, sampler: TrainingSampler) -> None:
         self._sampler = sampler
-        self._epoch = sampler.epoch
-        self._order = sampler.order_of_this_process()
-        self._position = 0
+        self._begin(sampler.epoch)
 
     def __next__(self) -> int:
         if self._position == len(self._order):
@@ -187,9 +201,14 @@ class TrainingSamplerIterator(Iterator[int]):
         return row
 
     def state_dict(self) -> dict[str, int]:
-        """The position: seed, epoch, rows drawn over all processes."""
-        drawn = self._position * self._sampler.num_replicas
-        return {"seed": self._sampler.seed, "epoch": self._epoch, "rows_drawn": drawn}
+        """The position: seed, epoch, rows drawn over all processes, and rows of a batch in the epoch's order."""
+        drawn = self._drawn_before + self._position * self._sampler.num_replicas
+        return {
+            "seed": self._sampler.seed,
+            "epoch": self._epoch,
+            "rows_drawn": drawn,
+            "batch_rows": self._batch_rows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Goes to a position, and makes the sampler go on from its seed and epoch.
@@ -199,14 +218,25 @@ class TrainingSamplerIterator(Iterator[int]):
         """
         sampler = self._sampler
         sampler.seed = state_dict["seed"]
-        self._epoch, self._position = state_dict["epoch"], state_dict["rows_drawn"] // sampler.num_replicas
-        if sampler.trainer_epoch is not None and sampler.trainer_epoch > self._epoch:
-            self._epoch, self._position = sampler.trainer_epoch, 0
-        sampler.epoch = self._epoch
-        self._order = sampler.order_of_this_process()
-        if self._position >= len(self._order):
-            sampler.epoch = self._epoch = self._epoch + 1
-            self._order, self._position = sampler.order_of_this_process(), 0
+        epoch, drawn = state_dict["epoch"], state_dict["rows_drawn"]
+        sampler.batches_left = None
+        if sampler.trainer_epoch is not None and sampler.trainer_epoch > epoch:
+            self._begin(sampler.trainer_epoch)
+            return
+        batch_rows = state_dict.get("batch_rows", sampler.batch_rows)
+        self._begin(epoch, drawn, batch_rows)
+        if batch_rows != sampler.batch_rows:
+            sampler.batches_left = -(-len(self._order) // sampler.batch_size)
+        if not self._order:
+            self._begin(epoch + 1)
+
+    def _begin(self, epoch: int, drawn: int = 0, batch_rows: int | None = None) -> None:
+        """The walk over an epoch's rows after those that all processes have drawn."""
+        sampler = self._sampler
+        self._epoch = sampler.epoch = epoch
+        self._drawn_before, self._position = drawn, 0
+        self._batch_rows = sampler.batch_rows if batch_rows is None else batch_rows
+        self._order = sampler.order_of_this_process(drawn, self._batch_rows)
 
 
 def training_loader(

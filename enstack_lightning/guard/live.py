@@ -96,6 +96,8 @@ def trainer_facts(trainer: Trainer, path: str, loaded: Facts, given: Configured 
         callbacks=tuple(callback.state_key for callback in trainer.callbacks),  # type: ignore[attr-defined]
         data_module=_stateful(getattr(trainer, "datamodule", None)),
         loader_position=loaded.loader_position,
+        moment=loaded.moment,
+        part_gradients=loaded.part_gradients,
         live=True,
         saved=loaded,
     )

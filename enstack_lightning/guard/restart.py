@@ -64,12 +64,13 @@ class ExactRestart:
         self.point = self.resume.get("point", "elsewhere")
         ranks = self.resume.get("ranks") or [{"random_state": state.get("random_state")}]
         alike = len(ranks) == trainer.world_size
-        self.mine: dict[str, Any] = ranks[trainer.global_rank] if alike else {}
+        self.mine: dict[str, Any] = ranks[trainer.global_rank] if alike else _of_others(ranks[0])
         if not alike:
             rank_zero_warn(
                 f"CheckpointGuard: the checkpoint holds the random state of {len(ranks):,} processes and "
                 f"{trainer.world_size:,} train now: they draw other random numbers than a run that never stopped, and "
-                "what the epoch has logged so far is lost; a TrainingSampler gives each row that is left once"
+                "figures of this epoch's end are those of what is left of it. With the data module's TrainingSampler "
+                "no row of the epoch is trained twice"
             )
 
         self.loader_states: list[dict[str, Any]] | None = self.mine.get("loaders")
@@ -116,7 +117,7 @@ class ExactRestart:
         self._restore_statistics()
         if self.mine.get("random_state"):
             restore_random_state(self.mine["random_state"])
-        if self.point == "epoch_end":
+        if self.point == "epoch_end" and self.mine.get("epoch"):
             self._end_epoch()
         if self.point in _EPOCH_DONE:
             self._restore_early_stop()
@@ -156,6 +157,32 @@ class ExactRestart:
         connector.update_train_epoch_metrics()
         loop.epoch_loop._batches_that_stepped += 1
         epoch.increment_completed()
+
+    def count_batches_of_another_size(self) -> None:
+        """Lets the epoch end when its loader does, where batches are not of the size that the epoch began with.
+
+        To be called at `on_train_start`, once the loader stands at its position.
+        """
+        loop = self.trainer.fit_loop
+        if self.point not in _IN_EPOCH or loop._combined_loader is None:
+            return
+        samplers = [getattr(loader, "sampler", None) for loader in loop._combined_loader.flattened]
+        left = [n for n in (getattr(s, "batches_left", None) for s in samplers) if n is not None]
+        if not left:
+            return
+        batch = loop.epoch_loop.batch_progress.current
+        rank_zero_warn(
+            f"CheckpointGuard: this epoch began with batches of another size; after {batch.ready:,} of those, "
+            f"{max(left):,} of {loop.max_batches:,} are left of the size of now, with the rows not trained in it yet. "
+            "The run is not the one that never stopped"
+        )
+        done = max(0, loop.max_batches - max(left))
+        total = loop.epoch_loop.batch_progress.total
+        total.ready = total.started = total.processed = total.completed = total.ready + done - batch.ready
+        batch.ready = batch.started = batch.processed = batch.completed = done
+        if max(left):
+            self.point = "after_batch"  # the validation that the save came before belongs to other batches
+        self.mine = {**self.mine, "gradients": {}}
 
     def _restore_gradients(self) -> None:
         gradients = self.mine.get("gradients", {})
@@ -207,6 +234,12 @@ class ExactRestart:
         callback.on_train_epoch_start(trainer, trainer.lightning_module)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+
+
+def _of_others(rank_zero: dict[str, Any]) -> dict[str, Any]:
+    """What other processes can use of rank 0's part: the figures that callbacks have seen last."""
+    seen = (rank_zero.get("epoch") or {}).get("seen")
+    return {"epoch": {"seen": seen, "results": {}, "metrics": {}}} if seen else {}
 
 
 def _once(owner: Any, name: str, instead: Callable[..., None]) -> None:

@@ -101,4 +101,4 @@ def test_a_position_is_numbers_only() -> None:
     stateful = loader()
     next(iter(stateful))
     position = stateful.state_dict()["_sampler_iter_state"]["sampler_iter_state"]
-    assert position == {"seed": 5, "epoch": 0, "rows_drawn": 4}
+    assert position == {"seed": 5, "epoch": 0, "rows_drawn": 4, "batch_rows": 4}

@@ -32,7 +32,7 @@ INSIDE, LAST, NEXT = "batch-2", f"batch-{BATCHES}", f"batch-{BATCHES + 2}"
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     # the module, the Trainer, the checkpoints to resume from
-    "plain": ({}, {}, (INSIDE, LAST, NEXT, "validation-1", "epoch-1")),
+    "plain": ({}, {}, (INSIDE, LAST, NEXT, "validation-1", "epoch-1", "validation-3", f"batch-{3 * BATCHES}")),
     "accumulate 2": ({}, {"accumulate_grad_batches": 2}, (INSIDE, "batch-3", LAST, NEXT, "epoch-1")),
     "accumulate 3": ({}, {"accumulate_grad_batches": 3}, (INSIDE, LAST, NEXT, "epoch-1")),
     "validation inside": ({}, {"val_check_interval": 3}, (INSIDE, "batch-3", "validation-1", "validation-2", LAST)),
@@ -197,8 +197,33 @@ def test_two_processes(module: dict[str, Any], trainer: dict[str, Any], names: t
     for whole, *resumed in records:
         for name, run in zip(names, resumed, strict=True):
             assert differences(whole, run) == [], name
-    first = [next(e for e in record[0]["events"] if e[0] == "step") for record in records]
-    assert first[0][4] != first[1][4]
+    done = [row for record in records for row in rows_of_epoch(record[0], 0)[: 3 * exact_runs.BATCH_SIZE]]
+    with pytest.warns(UserWarning, match="random state of 2 processes and 1 train now"):
+        alone = train(tmp_path / "alone", module, trainer, tmp_path / "whole" / "batch-3.ckpt")
+    assert sorted(done + rows_of_epoch(alone, 0)) == list(range(exact_runs.ROWS))
+
+
+# With batches of another size, or another number of processes
+
+
+def rows_of_epoch(run: dict[str, Any], epoch: int) -> list[int]:
+    return [row for event in run["events"] if event[0] == "step" and event[1] == epoch for row in event[4]]
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 7, 14, 28])
+def test_with_batches_of_another_size_no_row_is_trained_twice(batch_size: int, bucketed: bool, tmp_path: Path) -> None:
+    whole = train(tmp_path, {"bucketed": bucketed}, {}, saves=("batch-9", "validation-1"))
+    module = {"bucketed": bucketed, "batch_size": batch_size}
+    resumed = train(tmp_path / "again", module, {}, tmp_path / "batch-9.ckpt", seed=9)
+    done = rows_of_epoch(whole, 1)[: 2 * exact_runs.BATCH_SIZE]
+    assert sorted(done + rows_of_epoch(resumed, 1)) == list(range(exact_runs.ROWS))
+    assert sorted(rows_of_epoch(resumed, 2)) == list(range(exact_runs.ROWS))
+    happened = [event[:2] for event in resumed["events"] if event[0] != "step"]
+    assert happened == [event[:2] for event in whole["events"][resumed["begins"][0] :] if event[0] != "step"]
+    from_its_end = train(tmp_path / "end", module, {}, tmp_path / "validation-1.ckpt", seed=9)
+    assert rows_of_epoch(from_its_end, 0) == []
+    assert sorted(rows_of_epoch(from_its_end, 1)) == list(range(exact_runs.ROWS))
 
 
 # The classifier and its data
@@ -266,5 +291,5 @@ def test_every_checkpoint_of_every_kind(
     trainer = {"precision": precision, "accumulate_grad_batches": accumulate, "val_check_interval": interval}
     whole = train(tmp_path / "whole", module, trainer, saves=None)
     for path in sorted((tmp_path / "whole").glob("*.ckpt")):
-        if path.stem != "epoch-3":  # nothing is left to train
+        if path.stem != "epoch-3":  # nothing is left to do
             assert differences(whole, train(tmp_path / "again", module, trainer, path, seed=99)) == [], path.stem

@@ -69,6 +69,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     if not isinstance(checkpoint, Mapping):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
+    moment = at(guard, ["resume", "point"])
     optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
     return Facts(
         path,
@@ -87,8 +88,14 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         callbacks=_state_keys(checkpoint.get("callbacks")),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
         loader_position=bool(at(checkpoint, _LOADERS)),
-        loader_spent=_is_spent(checkpoint),
+        loader_spent=_is_spent(checkpoint) and moment is None,
+        moment=moment if isinstance(moment, str) else None,
+        part_gradients=_has_gradients(at(guard, ["resume", "ranks"])),
     )
+
+
+def _has_gradients(ranks: object) -> bool:
+    return isinstance(ranks, list) and bool(ranks) and all(bool(at(rank, ["gradients"])) for rank in ranks)
 
 
 def _is_spent(checkpoint: Mapping[str, Any]) -> bool:

@@ -279,7 +279,10 @@ def drift_of_length(facts: Facts, options: Options) -> Iterator[Outcome]:
     if plan is None or plan.kind == "not-resumable":
         return
     done = plan.epochs_done
-    if now.max_epochs is not None and 0 <= now.max_epochs <= done:
+    ended = facts.progress.epochs_completed
+    if facts.moment and ended is not None and now.max_epochs is not None and ended < now.max_epochs == done:
+        yield passed(f"max_epochs {now.max_epochs:,}: the end of the last epoch is left to do")
+    elif now.max_epochs is not None and 0 <= now.max_epochs <= done:
         yield error(
             f"max_epochs is {now.max_epochs:,}, and {many(done, 'epoch is', 'epochs are')} done: the run would train "
             "nothing",

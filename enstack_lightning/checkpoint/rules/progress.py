@@ -172,7 +172,8 @@ def interrupted_step(facts: Facts, options: Options) -> Iterator[Outcome]:
     """An optimizer step had begun and was not counted: the save happened inside a step, after an exception or a signal.
 
     Weights and optimizer may be one step ahead of the counters. Worth knowing is a save between two batches of one
-    accumulated step: their gradients are in no checkpoint, so these batches are trained for nothing.
+    accumulated step: Lightning saves no gradients, so these batches are trained for nothing. CheckpointGuard saves
+    them.
     """
     p = facts.progress
     if p.optimizer_steps is not None and p.optimizer_steps_begun is not None:
@@ -185,7 +186,8 @@ def interrupted_step(facts: Facts, options: Options) -> Iterator[Outcome]:
                 "Prefer a checkpoint that was saved between two steps.",
             )
     plan, accumulation = plan_resume(facts), (facts.saved or facts).run.accumulate_grad_batches
-    if plan is not None and plan.kind == "mid-epoch" and accumulation and plan.step % accumulation:
+    inside = plan is not None and plan.kind == "mid-epoch" and accumulation and plan.step % accumulation
+    if plan is not None and accumulation and inside and not facts.part_gradients:
         lost = plan.step % accumulation
         yield info(
             f"saved inside an accumulated step: the gradients of the last {lost:,} of {accumulation:,} batches are not "
@@ -226,7 +228,8 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     A `StatefulDataLoader` saved after the last batch of an epoch and before its end stands at its end when it is
     restored: Lightning then counts the next epoch as done without training it. How many batches the loader has is not
-    in its state, so a warning is given as well where `limit_train_batches` ended the epoch, and nothing is lost.
+    in its state, so a warning is given as well where `limit_train_batches` ended the epoch, and nothing is lost. Where
+    CheckpointGuard recorded the moment of the save, its run goes on with the end of that epoch, and none is given.
     """
     plan = plan_resume(facts)
     if plan is None or plan.kind == "not-resumable":
