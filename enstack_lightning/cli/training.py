@@ -26,8 +26,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from enstack_lightning.checkpoint import Options, Report, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Severity, failure_of, verify_checkpoint
 from enstack_lightning.checkpoint.resume import plan_resume
+from enstack_lightning.checkpoint.rules import judge
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
@@ -282,9 +283,13 @@ def _whats_done(report: Report, trainer: Any) -> str | None:
     max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
     if max_epochs is None and max_steps == -1:
         max_epochs = 1_000  # Lightning's own default
+    wanted = {"trainer": {"max_epochs": max_epochs, "max_steps": max_steps}}
+    findings = judge(report.facts, Options(select=("CK906",), run_config=wanted))
+    if not any(f.severity is Severity.ERROR for f in findings):
+        return None
     run = dataclasses.replace(report.facts.run, max_epochs=max_epochs, max_steps=max_steps)
     plan = plan_resume(dataclasses.replace(report.facts, run=run))
-    return plan.sentence if plan is not None and plan.kind == "finished" else None
+    return plan.sentence if plan is not None else None
 
 
 def _folder_of_run(config: Any) -> str:
