@@ -173,6 +173,10 @@ class _Gate:
         self.callback = callback
         self.name = name
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Gate:
+        """A copied callback has a gate of its own, and no copy of the Trainer with it."""
+        return _Gate(self.saves, memo.get(id(self.callback), self.callback), self.name)
+
     def __call__(self, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         saves = self.saves
         save = getattr(type(self.callback), self.name).__get__(self.callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,23 @@ def test_callbacks_are_as_they_were_afterwards(tmp_path: Path) -> None:
     saves = every_step(tmp_path)
     fit(tmp_path, TinyModule(), saves)
     assert not [name for name in vars(saves) if name.startswith("_save_") and callable(vars(saves)[name])]
+
+
+class Copies(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.copy = copy.deepcopy(trainer.checkpoint_callback)
+
+
+def test_a_callback_can_be_copied_while_it_is_watched(tmp_path: Path) -> None:
+    saves, copies = every_step(tmp_path), Copies()
+    fit(tmp_path, TinyModule(), saves, copies)
+    other = tmp_path / "other"
+    assert isinstance(copies.copy, ModelCheckpoint)
+    copies.copy.dirpath = str(other)
+    copies.copy._last_global_step_saved = 0
+    quiet_trainer(other, copies.copy).fit(TinyModule())
+    assert (other / "step=15.ckpt").exists()
+    assert Path(saves.best_model_path).parent == tmp_path
 
 
 def test_every_kind_of_tensor_is_looked_at() -> None:
