@@ -33,11 +33,11 @@ from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.choice import choose, choose_newest, set_aside
 
 OPTIONS = Options(digests=True)
-FILE_CALLS = 90
-"""More than a save and a removal make."""
+CALLS = st.one_of(st.integers(0, 64), st.integers(60, 88), st.integers(84, 120))
+"""Crash points: while a file is written, while it gets its place and its manifest, while others are removed."""
 
 ONE_NAME = "last.ckpt"
-names = st.sampled_from(["new", ONE_NAME])
+names = st.sampled_from(["new", ONE_NAME, ONE_NAME])
 picks = st.integers(0, 99)
 
 
@@ -163,7 +163,7 @@ class Folder(RuleBasedStateMachine):
 
     # What befalls it
 
-    @rule(name=names, call=st.integers(0, FILE_CALLS), removes=st.booleans(), power_loss=st.booleans())
+    @rule(name=names, call=CALLS, removes=st.booleans(), power_loss=st.booleans())
     def crash(self, name: str, call: int, removes: bool, power_loss: bool) -> None:
         self.step += 1
         before, path, others = self.good(), self.place(name), self.checkpoints()
@@ -303,7 +303,7 @@ def explore(examples: int, steps: int, derandomize: bool) -> None:
 
 
 def test_the_last_good_checkpoint_outlives_whatever_befalls_its_folder() -> None:
-    explore(examples=15, steps=20, derandomize=True)
+    explore(examples=10, steps=20, derandomize=True)
 
 
 @pytest.mark.faults_long
