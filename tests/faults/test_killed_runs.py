@@ -3,7 +3,8 @@ that nobody disturbed, bit for bit.
 
 Every start is the whole command in a child process. After each kill nothing in the folder may be taken for a checkpoint
 that is none; the next start must go on by itself; and at the end every batch's data, random state, learning rate, loss,
-weights and optimizer state, and every metric, are those of the undisturbed run.
+weights and optimizer state, and every metric, are those of the undisturbed run, and the ledger says that every row was
+used once an epoch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from killing import Ended, Kill, Tell, run_child
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from enstack_lightning.checkpoint import Options, Verdict, find_checkpoints, verify_checkpoint
+from enstack_lightning.checkpoint.ledger import read_ledger
 from enstack_lightning.cli.main import main
 from enstack_lightning.cli.resume_check import Line, first_difference
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
@@ -232,6 +234,7 @@ def trial(undisturbed: Run, folder: Path, moment: str, dice: random.Random, time
     difference = first_difference(lines_of(undisturbed.folder), lines)
     assert difference is None, (moment, str(difference), folder)
     assert metrics_of(folder) == metrics_of(undisturbed.folder), (moment, folder)
+    assert read_ledger(folder).verdict == "pass", (moment, folder)
     assert weights_of(folder) == weights_of(undisturbed.folder), (moment, folder)
     again = len(lines) - EPOCHS * BATCHES
     return Trial(moment, kills, failures, bad, again)
