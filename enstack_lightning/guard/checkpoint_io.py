@@ -100,10 +100,13 @@ class GuardedCheckpointIO(CheckpointIO):
     ) -> None:
         if isinstance(checkpoint, Snapshot):
             try:
-                self.save_checkpoint(checkpoint.checkpoint, path, storage_options)
+                self._save_and_release(checkpoint.checkpoint, path, storage_options)
             finally:
                 checkpoint.release()
-            return
+        else:
+            self._save_and_release(checkpoint, path, storage_options)
+
+    def _save_and_release(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         asked, path = path, self.place_for(checkpoint, path)
         target = local_path(path)
         try:
