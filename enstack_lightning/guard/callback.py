@@ -76,8 +76,10 @@ class CheckpointGuard(Callback):
     says what resuming does. An error stops the run with `CheckpointGuardError`; a warning is logged and the run goes
     on.
 
-    Random state is saved in every checkpoint and restored before the first batch after a resume, and so is the position
-    of a training loader that has one (torchdata's `StatefulDataLoader`).
+    A resumed run goes on at the very moment of the save: the validation or the end of the epoch that was due comes
+    first. Random state of every process and of the loader's workers, metrics and logged values of a part-done epoch and
+    gradients of a part-done accumulation window are in each checkpoint, beside the position of a training loader that
+    has one (torchdata's `StatefulDataLoader`); a plain `DataLoader` goes on exactly from an epoch's end only.
 
     Args:
         strict: stop at warnings too.

@@ -7,7 +7,9 @@ more and trains a batch too many (#19403, #19617); a progress bar shows no total
 rest of its epoch. `ExactRestart` does the rest of the step or of the epoch first, with everything as it stood then.
 
 What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
-after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again.
+after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again. Nor
+does SWA's last pass, which renews the statistics of BatchNorm after the last epoch, go on in its middle. A checkpoint
+of the middle of a step (an exception) restarts as Lightning restarts it, with random state put back.
 """
 
 from __future__ import annotations
