@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from enstack_lightning.checkpoint import Facts, Report, Severity
 from enstack_lightning.checkpoint.rules.optimizer import expected_steps
 from enstack_lightning.checkpoint.rules.scheduler import highest_rate
+from enstack_lightning.checkpoint.wording import many
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -78,7 +79,7 @@ def _calculation(facts: Facts) -> str:
     rest = p.global_step - p.epochs_completed * steps
     if not 0 <= rest <= steps:
         return ""
-    return f" = ({p.epochs_completed:,} epochs x {steps:,} steps) + {rest:,} mid-epoch steps"
+    return f" = ({many(p.epochs_completed, 'epoch')} x {many(steps, 'step')}) + {many(rest, 'mid-epoch step')}"
 
 
 def _range(report: Report, rate: float) -> list[tuple[str, str]]:
