@@ -107,6 +107,7 @@ class GuardedCheckpointIO(CheckpointIO):
             self._save_and_release(checkpoint, path, storage_options)
 
     def _save_and_release(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+        is_saved = False
         asked, path = path, self.place_for(checkpoint, path)
         target = local_path(path)
         try:
@@ -118,8 +119,9 @@ class GuardedCheckpointIO(CheckpointIO):
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
                 place, level = str(path), self.retention.level(str(path))[0]
             self.release(place, level)
+            is_saved = True
         finally:
-            self.retention.settle(_name(asked))
+            self.retention.settle(_name(asked), is_saved)
 
     def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, Level]:
         """Saves; returns where the checkpoint stands now, and how good it is."""

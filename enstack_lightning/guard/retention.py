@@ -74,9 +74,11 @@ class Retention:
             self._announced[path] += 1
             self._unwanted.discard(path)
 
-    def settle(self, path: str) -> None:
+    def settle(self, path: str, is_saved: bool) -> None:
         """Remembers that a save is over, well or not."""
         with self._lock:
+            if is_saved and path in self._unwanted and path in self._levels:
+                self._kept[path] = None  # asked to go between `saved` and now
             self._unwanted.discard(path)
             if self._announced[path] > 0:
                 self._announced[path] -= 1

@@ -26,7 +26,9 @@ from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
+from enstack_lightning.checkpoint import Options
 from enstack_lightning.guard.everywhere import callbacks
+from enstack_lightning.guard.retention import Retention
 
 GROUPS = ["lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"]
 
@@ -283,3 +285,14 @@ def test_the_guard_imports_lightning_in_one_place() -> None:
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 tied = [n for n in names if n.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric")]
                 assert not tied, f"{source.name} line {node.lineno}: import it through flavor.py, or for types only"
+
+
+def test_a_checkpoint_asked_to_go_while_its_save_ends_goes_with_the_next(trained: Path) -> None:
+    """Under `AsyncCheckpointIO` the request comes from another thread, at any moment."""
+    retention = Retention(Options())
+    first, second = str(trained / "step=7.ckpt"), str(trained / "step=9.ckpt")
+    retention.announce(first)
+    retention.saved(first, retention.level(first)[0])
+    assert not retention.may_remove(first)
+    retention.settle(first, is_saved=True)
+    assert first in retention.saved(second, retention.level(second)[0])
