@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from enstack_lightning.checkpoint import (
@@ -28,6 +29,7 @@ from enstack_lightning.guard.live import (
     loaded_facts,
     run_entries,
     run_of,
+    same_content,
     settings_before_restoring,
     trainer_facts,
     versions,
@@ -173,11 +175,13 @@ class CheckpointGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded = self._run = None
+        self._given = Configured()
         self.repairs = ()
         self._trainer = trainer
+        self._forget_restart()  # of a run that failed, which has had no teardown
         keep_random_state_of_workers(trainer)
         self._checkpoint_io = guard_checkpoint_io(
-            trainer.strategy, lambda path: self._verify_file(trainer, path), self._options, self.verify_after_save
+            trainer.strategy, partial(self._verify_file, trainer), self._options, self.verify_after_save
         )
         self._decision = Decision(None)
         guard_loading(trainer, lambda path: self._judge(trainer, path), self._accept)
@@ -217,6 +221,9 @@ class CheckpointGuard(Callback):
         stop_guarding_loading(trainer)
         self._health.stop()
         stop_keeping_random_state_of_workers(trainer)
+        self._forget_restart()
+
+    def _forget_restart(self) -> None:
         if self._restart is not None:
             self._restart.uninstall()
         self._restart = None
@@ -233,8 +240,9 @@ class CheckpointGuard(Callback):
             if self.repair and trainer.state.fn == FITTING:
                 self.repairs = repair_checkpoint(checkpoint, trainer, loaded)
                 loaded = loaded_facts(checkpoint, path) if self.repairs else loaded
-            report = report_on(lambda: loaded, path, self._options_for(trainer))
-            self._stop_if_refused(self._before_repair(trainer, report))
+            if judged is None or not same_content(judged.facts, loaded):
+                report = report_on(lambda: loaded, path, self._options_for(trainer))
+                self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
         if trainer.state.fn == FITTING and not is_of_the_tuner(path):
             self._stop_where_nothing_is_left(trainer, loaded)
@@ -265,12 +273,13 @@ class CheckpointGuard(Callback):
             return
         path, loaded = self._loaded.path, self._loaded
         if self.repair:
-            live = trainer_facts(trainer, path, loaded, self._given)
+            live = trainer_facts(trainer, path, loaded, self._given, self._run)
             self.repairs += repair_trainer(trainer, loaded, live)
             loaded = as_repaired(loaded, live, self.repairs)
             for repair in self.repairs:
                 rank_zero_info(str(repair))
-        report = report_on(lambda: trainer_facts(trainer, path, loaded, self._given), path, self._options)
+        facts = trainer_facts(trainer, path, loaded, self._given, self._run)
+        report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
         for line in resume_lines(self.report, *rates):
@@ -309,7 +318,8 @@ class CheckpointGuard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._health.exception()
-        if self._loaded is None or self._run is not None or isinstance(exception, CheckpointGuardError):
+        is_restoring = self._loaded is not None and bool(self._given.optimizers) and self._run is None
+        if self._loaded is None or not is_restoring or isinstance(exception, CheckpointGuardError):
             return
         # What torch says when it cannot restore an optimizer names neither the optimizer nor the parameters.
         path, loaded = self._loaded.path, self._loaded

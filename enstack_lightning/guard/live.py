@@ -70,14 +70,25 @@ def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
     return lightning_facts(checkpoint, path, _scalar)
 
 
-def trainer_facts(trainer: Trainer, path: str, loaded: Facts, given: Configured | None = None) -> Facts:
+def same_content(judged: Facts, loaded: Facts) -> bool:
+    """Whether what was loaded is what was judged in the file; hooks of a module may have changed it on the way."""
+    names = ("progress", "optimizers", "schedulers", "tensors", "run", "hyper_parameters", "callbacks", "model_only")
+    same_entries = judged.fields.keys() == loaded.fields.keys()
+    return same_entries and all(getattr(judged, name) == getattr(loaded, name) for name in names)
+
+
+def trainer_facts(
+    trainer: Trainer, path: str, loaded: Facts, given: Configured | None = None, run: RunFacts | None = None
+) -> Facts:
     """Facts of a Trainer whose loops, optimizers and schedulers are restored (from `on_train_start` on).
 
     Args:
         loaded: the facts of the checkpoint it was restored from, with which the rules compare these.
         given: what optimizers and schedulers were made with before they were restored.
+        run: what `run_of` says, where it is known already.
     """
-    run = run_of(trainer, given)
+    run = run or run_of(trainer, given)
+    names = {} if _flattens(trainer) else _parameter_names(trainer)
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
@@ -87,7 +98,7 @@ def trainer_facts(trainer: Trainer, path: str, loaded: Facts, given: Configured 
         Format.LIGHTNING,
         fields=loaded.fields,
         progress=dataclasses.replace(progress, batches_per_epoch=run.batches_per_epoch),
-        optimizers=tuple(_optimizer(trainer, o) for o in trainer.optimizers),
+        optimizers=tuple(_optimizer(o, names) for o in trainer.optimizers),
         schedulers=tuple(_scheduler(trainer, c.scheduler) for c in trainer.lr_scheduler_configs),
         run=run,
         hyper_parameters=_hyper_parameters(module),
@@ -219,8 +230,9 @@ def versions() -> dict[str, str]:
 
 
 def learning_rates(trainer: Trainer) -> tuple[float, ...]:
-    """The learning rate of every param group of every optimizer, as they stand now."""
-    return tuple(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    """The learning rate of every param group that has one, of every optimizer, as they stand now."""
+    rates = (group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return tuple(float(rate) for rate in rates if rate is not None)  # some optimizers find their own
 
 
 def most_steps(trainer: Trainer) -> int:
@@ -248,12 +260,12 @@ def _counters(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+def _optimizer(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> OptimizerFacts:
+    """The facts of an optimizer; of parameters that nothing is known of, neither names nor shapes."""
     state = optimizer.state_dict()
     facts = optimizer_of(state, _scalar)
-    if _flattens(trainer):
+    if not known:
         return facts
-    known = _parameter_names(trainer)
     names, shapes = {}, {}
     for group, live in zip(facts.groups, optimizer.param_groups, strict=False):
         for key, parameter in _paired(group.params, live["params"]):
