@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/enstack demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only get into each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from builders import functions, train_lightning, write_jsonl
 
 
