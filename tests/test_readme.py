@@ -100,7 +100,7 @@ def test_the_snippets_run_and_log_what_is_shown(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     logged = {shape(line) for line in (done.stdout + done.stderr).splitlines()}
     shown = blocks("text")[0].splitlines()
-    assert len(shown) == 9
+    assert len(shown) == 10
     assert {shape(line) for line in shown} <= logged
     assert "Verdict.PASS" in done.stdout or "pass" in done.stdout
 

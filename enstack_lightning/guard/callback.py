@@ -19,6 +19,7 @@ from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
 from enstack_lightning.guard.choice import Fallback, choose, refusal, set_aside, what_it_costs
+from enstack_lightning.guard.exactness import lost_guarantees
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.fresh_start import doubts
 from enstack_lightning.guard.health import Health
@@ -282,7 +283,8 @@ class CheckpointGuard(Callback):
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
-        for line in resume_lines(self.report, *rates):
+        lost = lost_guarantees(self.report, self._restart, trainer.strategy.root_device)
+        for line in resume_lines(self.report, *rates, lost):
             rank_zero_info(line)
         self._stop_everywhere_if_refused(trainer, self.report)
         log_scalars(trainer, resume_scalars(self.report, *rates))

@@ -6,6 +6,7 @@ For people as lines of text, for the run's loggers as scalars; programs read `gu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from enstack_lightning.checkpoint import Facts, Report, Severity
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...]) -> list[str]:
+def resume_lines(
+    report: Report, lrs_before: tuple[float, ...], lrs_after: tuple[float, ...], lost: Sequence[str]
+) -> list[str]:
     """The resume report as lines of text.
 
     Args:
         report: on the facts of the live Trainer.
         lrs_before: the configured learning rates, one a param group, before the checkpoint was restored.
         lrs_after: the restored ones.
+        lost: why the run need not equal one that never stopped (`lost_guarantees`).
     """
     plan = report.resume
     lines = [("resume from", report.path)]
@@ -42,6 +46,7 @@ def resume_lines(report: Report, lrs_before: tuple[float, ...], lrs_after: tuple
         if finding.hint and not is_info:
             causes = finding.code in ("CK401", "CK403")
             lines.append(("possible causes" if causes else "what to do", finding.hint))
+    lines.append(("exact", f"not promised: {'; '.join(lost)}" if lost else "bit for bit"))
     lines.append(("verdict", report.verdict.upper()))
     return [f"{name:<16} {said}" for name, said in lines]
 

@@ -1,0 +1,58 @@
+"""Which guarantees of an exact continuation a resume does not have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from enstack_lightning.checkpoint import Report, Severity
+from enstack_lightning.checkpoint.wording import many
+
+if TYPE_CHECKING:
+    from enstack_lightning.guard.restart import ExactRestart
+
+_LOST = {
+    "CK903": "batches have another size; a TrainingSampler gives each row that is left of the epoch once",
+    "CK904": "a step takes the gradients of another number of batches",
+    "CK905": "another number of processes; a TrainingSampler gives each row that is left of the epoch once",
+    "CK909": "another precision rounds otherwise",
+    "CK910": "the data is other data",
+    "CK911": "the optimizers are others",
+    "CK912": "the schedulers are others",
+    "CK913": "the parameters are others",
+    "CK915": "another version of torch or Lightning may compute otherwise",
+    "CK916": "a state was dropped",
+}
+"""By the rule that found it."""
+
+
+def lost_guarantees(report: Report, restart: ExactRestart | None, device: torch.device) -> list[str]:
+    """Why the resumed run need not equal the one that never stopped, in short sentences; empty where it will.
+
+    Args:
+        report: on the live Trainer.
+        restart: how its loops are started again; None where nothing is known of the moment that was saved.
+        device: what the run computes on.
+    """
+    changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
+    lost = [said for code, said in _LOST.items() if code in changed]
+    if restart is None or not restart.mine.get("random_state"):
+        lost.append("the checkpoint holds no random state of this process, which draws other numbers")
+    elif restart.point == "elsewhere":
+        lost.append("it was saved in the middle of a step, and what was left of that step is not done again")
+    if report.resume is not None and report.resume.batches_repeated:
+        count = many(report.resume.batches_repeated, "batch is", "batches are")
+        lost.append(f"{count} trained twice, since the loader's position is not in the checkpoint")
+    return lost + of_device(device)
+
+
+def of_device(device: torch.device) -> list[str]:
+    """What a kind of device leaves open, by torch's settings at this moment."""
+    if device.type == "cpu":
+        return []
+    if not torch.are_deterministic_algorithms_enabled():
+        return [f"on {device.type} some operations differ from run to run: Trainer(deterministic=True) forbids them"]
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        return [f"on {device.type} operations without a deterministic form are only warned of"]
+    return []

@@ -1,0 +1,87 @@
+"""Before a batch is trained the resume report says whether the run goes on bit for bit, and if not, why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import BATCH_SIZE, ROWS, TinyModule, edited, every_step, quiet_trainer
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from enstack_lightning import CheckpointGuard
+from enstack_lightning.data.loaders import TrainingSampler
+from enstack_lightning.guard.exactness import of_device
+
+
+class OtherBatches(TinyModule):
+    def train_dataloader(self) -> StatefulDataLoader:
+        features = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
+        order = TrainingSampler(ROWS, BATCH_SIZE // 2, seed=7)
+        return StatefulDataLoader(
+            TensorDataset(features, torch.arange(ROWS)), batch_size=BATCH_SIZE // 2, sampler=order
+        )
+
+
+class Plain(TinyModule):
+    def train_dataloader(self) -> Any:
+        features = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(features, torch.arange(ROWS)), batch_size=BATCH_SIZE)
+
+
+def said(path: Path, folder: Path, caplog: pytest.LogCaptureFixture, module: TinyModule) -> str:
+    with caplog.at_level(logging.INFO):
+        quiet_trainer(folder, CheckpointGuard()).fit(module, ckpt_path=path)
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
+    return line.removeprefix("exact").strip()
+
+
+def test_a_sound_resume_promises_to_be_exact(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert said(trained / "step=7.ckpt", tmp_path, caplog, TinyModule()) == "bit for bit"
+
+
+def test_a_checkpoint_without_the_guards_state_does_not(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", lambda c: c["callbacks"].pop("CheckpointGuard"))
+    assert "not promised: the checkpoint holds no random state" in said(path, tmp_path, caplog, TinyModule())
+
+
+def test_another_batch_size_says_what_is_kept(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = said(trained / "step=7.ckpt", tmp_path, caplog, OtherBatches())
+    assert "batches have another size; a TrainingSampler gives each row that is left of the epoch once" in line
+
+
+def test_another_version_of_torch_is_said(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def older(checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"]["CheckpointGuard"]["versions"]["torch"] = "2.1.0"
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", older)
+    assert "another version of torch or Lightning" in said(path, tmp_path, caplog, TinyModule())
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_accelerator_is_exact_only_with_deterministic_algorithms() -> None:
+    cuda = torch.device("cuda")
+    assert of_device(torch.device("cpu")) == []
+    assert "Trainer(deterministic=True)" in of_device(cuda)[0]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert "only warned of" in of_device(cuda)[0]
+    torch.use_deterministic_algorithms(True)
+    assert of_device(cuda) == []
+
+
+def test_a_plain_loader_in_the_middle_of_an_epoch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path), max_epochs=1).fit(Plain())
+    line = said(tmp_path / "step=3.ckpt", tmp_path, caplog, Plain())
+    assert "2 batches are trained twice" in line
