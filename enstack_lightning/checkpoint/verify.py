@@ -14,8 +14,9 @@ from enstack_lightning.checkpoint.location import locate
 from enstack_lightning.checkpoint.manifest import compare_manifest
 from enstack_lightning.checkpoint.readers import read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
-from enstack_lightning.checkpoint.resume import plan_resume
+from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
 from enstack_lightning.checkpoint.rules import Finding, Options, Severity, judge
+from enstack_lightning.checkpoint.rules.settings import settings_of_config
 from enstack_lightning.checkpoint.search import find_checkpoints
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
@@ -128,12 +129,22 @@ def report_on(
     began = time.perf_counter() if began is None else began
     try:
         facts = read()
-        findings, plan = judge(facts, options), plan_resume(facts)
+        findings, plan = judge(facts, options), _plan(facts, options)
     except Exception as e:  # fail closed: a checkpoint that breaks the verifier is not verified
         facts, plan = Facts(path), None
         message = f"it could not be verified: {type(e).__name__}: {e}"
         findings = (Finding("CK100", "not-verified", Severity.ERROR, message, path, "Report this with the file."),)
     return Report(path, facts, findings, plan, time.perf_counter() - began, options or Options())
+
+
+def _plan(facts: Facts, options: Options | None) -> ResumePlan | None:
+    """The plan of the run that saved, or of as long a run as the configuration to compare with says."""
+    if options is not None and options.run_config is not None:
+        to_come = settings_of_config(options.run_config)
+        if to_come.max_epochs is not None or to_come.max_steps is not None:
+            run = dataclasses.replace(facts.run, max_epochs=to_come.max_epochs, max_steps=to_come.max_steps)
+            facts = dataclasses.replace(facts, run=run)
+    return plan_resume(facts)
 
 
 def _exists(path: str) -> bool:

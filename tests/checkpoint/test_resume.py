@@ -15,7 +15,7 @@ from genuine import huggingface_trainer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from enstack_lightning.checkpoint import Facts, Format, ResumePlan, Verdict, plan_resume, verify_checkpoint
+from enstack_lightning.checkpoint import Facts, Format, Options, ResumePlan, Verdict, plan_resume, verify_checkpoint
 from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts
 from enstack_lightning.guard import CheckpointGuard
 
@@ -263,3 +263,20 @@ def test_transformers_goes_on_where_the_plan_says(form: str, accumulated: int, t
         assert seen[0] == plan.next_batch % 6
         if plan.kind == "mid-epoch" and not plan.next_batch:
             assert plan.batches_repeated == plan.step > 0
+
+
+def test_a_longer_run_to_come_is_planned_for(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2)
+    trainer.fit(TinyModule())
+    trainer.save_checkpoint(tmp_path / "ended.ckpt")
+    assert sentence(tmp_path / "ended.ckpt").startswith("finished: 2 of 2 epochs done")
+    sentences = []
+    for trainer_to_come in ({}, {"max_epochs": 5}, {"max_steps": 1_000}):
+        plan = verify_checkpoint(tmp_path / "ended.ckpt", Options(run_config={"trainer": trainer_to_come})).resume
+        assert plan is not None
+        sentences.append(plan.sentence)
+    assert [s.partition(";")[0] for s in sentences] == [
+        "finished: 2 of 2 epochs done, 10 steps taken",
+        "end of epoch 1 (2 of 5 epochs done)",
+        "end of epoch 1 (2 epochs done)",
+    ]
