@@ -93,7 +93,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--steps is {arguments.steps} and must be at least 4")
     if arguments.kills < 1:
         parser.error(f"--kills is {arguments.kills} and must be at least 1")
-    config = config_of(Path(arguments.run_dir))
+    try:
+        config = config_of(Path(arguments.run_dir))
+    except EnStackError as e:
+        print(f"enstack resume-check: {e}", file=sys.stderr)
+        return 2
     folder = Path(tempfile.mkdtemp(prefix="enstack-resume-check-"))
     try:
         return _check(config, folder, arguments)

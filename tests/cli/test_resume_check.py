@@ -99,7 +99,7 @@ def test_a_run_that_fails_is_told_in_a_sentence(config: dict[str, Any], tmp_path
 
 
 def test_a_folder_without_a_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["resume-check", str(tmp_path)]) == 1
+    assert main(["resume-check", str(tmp_path)]) == 2  # 1 is: the runs differ
     assert "holds no config.yaml of a run" in capsys.readouterr().err
 
 
