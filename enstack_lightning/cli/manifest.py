@@ -45,7 +45,7 @@ def _write_all(paths: Sequence[str], deep: bool, bar: ProgressBar | None) -> int
             if bar:
                 bar.advance()
                 bar.clear()
-            print(f"{written}  {size(sum(f.size for f in report.facts.files))}", flush=True)
+            print(f"{written}  digests of {size(sum(f.size for f in report.facts.files))}", flush=True)
         except CheckpointError as e:
             print(f"enstack manifest: {e}", file=sys.stderr)
             refused += 1

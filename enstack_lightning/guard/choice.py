@@ -146,7 +146,7 @@ def what_it_costs(choice: Choice, moved: dict[str, str], strict: bool) -> str:
     renamed = "; ".join(f"{old} is now {new}" for old, new in moved.items()) or "nothing was renamed"
     return (
         f"CheckpointGuard: loading {choice.path} instead of {choice.asked}. {cost}. "
-        f"Refused: {_listed(choice.refused, strict)}. Set aside: {renamed}."
+        f"Refused: {_listed(choice.refused, strict).rstrip('.')}. Set aside: {renamed}."
     )
 
 

@@ -217,6 +217,7 @@ def test_the_newest_good_one_is_loaded_and_the_bad_one_set_aside(run: Path, tmp_
     assert len(module.losses) == 10
     (said,) = [str(w.message) for w in warned if "CheckpointGuard: loading" in str(w.message)]
     assert f"loading {run / 'step=5.ckpt'} instead of {run / 'step=7.ckpt'}" in said
+    assert ".." not in said.replace(str(run), "")
     assert "stands at step 5, which costs 2 of 7 steps" in said
     assert "CK104" in said
     assert f"{run / 'step=7.ckpt'} is now {run / 'step=7.ckpt.corrupt'}" in said
