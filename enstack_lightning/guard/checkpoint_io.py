@@ -33,6 +33,7 @@ from enstack_lightning.guard.save_manifest import remove_manifest, without_manif
 from enstack_lightning.guard.saving import (
     DurableFile,
     digest_on_disk,
+    is_device,
     local_path,
     put_in_place,
     remove_leftovers,
@@ -111,7 +112,7 @@ class GuardedCheckpointIO(CheckpointIO):
         asked, path = path, self.place_for(checkpoint, path)
         target = local_path(path)
         try:
-            if target is not None:
+            if target is not None and not is_device(target):
                 self.remove_leftovers(target.parent)
                 with self._explained(target):
                     place, level = self._save(checkpoint, target, storage_options)

@@ -33,6 +33,8 @@ def restore_loader_position(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop
     states = getattr(loop, "_combined_loader_states_to_load", None)
+    if not loop.restarting:  # a new epoch begins, and the position is the end of the one before
+        return False
     if not states or loop._combined_loader is None or loop._data_fetcher is None:
         return False
     loop._combined_loader._load_state_dicts(states)

@@ -310,6 +310,11 @@ def same_file(path: Path) -> tuple[object, ...]:
     return tuple((name, i.st_ino, i.st_size, i.st_mtime_ns) for name, i in files)
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is that of a device or a pipe, such as `/dev/null`, which a file must never replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def local_path(path: str | os.PathLike[str]) -> Path | None:
     """The path on disk, also of a `file://` URL; None for other URLs."""
     name = os.fspath(path)

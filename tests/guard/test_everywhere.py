@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from builders import TinyModule, edited, every_step, quiet_trainer, truncate
+from builders import TinyModule, edited, every_epoch, every_step, quiet_trainer, truncate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
@@ -218,6 +218,15 @@ def test_checkpoints_pass_between_runs_with_and_without_it(trained: Path, tmp_pa
     guard = CheckpointGuard(strict=True)
     quiet_trainer(tmp_path / "again", guard).fit(TinyModule(), ckpt_path=tmp_path / "step=8.ckpt")
     assert guard.report is not None
+
+
+def test_a_checkpoint_of_an_epochs_end_that_was_saved_without_it_costs_no_epoch(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, every_epoch(tmp_path), max_epochs=1).fit(TinyModule())
+    module = TinyModule()
+    trainer = quiet_trainer(tmp_path / "again", CheckpointGuard())
+    trainer.fit(module, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert trainer.global_step == 15
+    assert len(module.rows) == 10
 
 
 # In `pytorch_lightning`

@@ -32,7 +32,7 @@ from enstack_lightning.guard import saving
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.comparing import first_difference
 from enstack_lightning.guard.retention import RESUMABLE, Level, Retention
-from enstack_lightning.guard.saving import remove_leftovers, staging
+from enstack_lightning.guard.saving import is_device, remove_leftovers, staging
 
 DIGESTS = Options(digests=True)
 
@@ -635,3 +635,11 @@ def test_a_long_name_can_be_saved(trained: Path, tmp_path: Path) -> None:
         torch.load(trained / "step=7.ckpt"), path
     )
     assert verify_checkpoint(path).verdict is Verdict.PASS
+
+
+def test_a_device_is_no_place_for_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert is_device(Path("/dev/null"))
+    assert is_device(tmp_path / "pipe")
+    assert not is_device(tmp_path)
+    assert not is_device(tmp_path / "absent")
