@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint import Facts, Options, Report, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.errors import CheckpointError, DataError
 
 LAYOUTS = ("enstack", "huggingface")
-_PREFIX = "model."
+REST = "enstack_lightning"
+"""Entry of `training_state.pth` with what EnStack has no place for: with it a resume from the folder is exact."""
+WEIGHTS_PREFIX = "model."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,9 +72,9 @@ def _write_network(checkpoint: Mapping[str, Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
     weights = {
-        name.removeprefix(_PREFIX): tensor.contiguous().clone()
+        name.removeprefix(WEIGHTS_PREFIX): tensor.contiguous().clone()
         for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
+        if name.startswith(WEIGHTS_PREFIX)
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(checkpoint["hf_config"], indent=2, sort_keys=True)
@@ -96,20 +99,42 @@ def _write_tokenizer(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
 
 def _training_state(checkpoint: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """EnStack's training state: `epoch` counts from 1, `step` is the batches done in it, 0 when it is complete."""
+    """EnStack's training state; EnStack reads entries by name, and leaves the last one alone."""
     facts = report.facts
-    inside = report.resume is not None and report.resume.kind == "mid-epoch"
-    completed = facts.progress.epochs_completed or 0
+    epoch, step = stands_at(facts)
     state = {
-        "epoch": completed + 1 if inside else completed,
-        "step": facts.progress.batches_in_epoch or 0 if inside else 0,
+        "epoch": epoch,
+        "step": step,
         "total_batches": facts.batches_per_epoch,
         "optimizer_state_dict": checkpoint["optimizer_states"][0],
         "scheduler_state_dict": checkpoint["lr_schedulers"][0] if checkpoint["lr_schedulers"] else None,
         "best_val_f1": _best(facts, "val/f1"),
         "best_val_acc": _best(facts, "val/accuracy"),
+        REST: _rest(checkpoint),
     }
     return {name: value for name, value in state.items() if value is not None}
+
+
+def stands_at(facts: Facts) -> tuple[int, int]:
+    """Where a Lightning checkpoint stands, as EnStack counts it.
+
+    Returns:
+        The epoch, from 1, and the batches done in it, 0 when it is complete.
+    """
+    plan = plan_resume(facts)
+    completed = facts.progress.epochs_completed or 0
+    if plan is not None and plan.kind == "mid-epoch":
+        return completed + 1, facts.progress.batches_in_epoch or 0
+    return completed, 0
+
+
+def _rest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint without what has a place of its own in the folder."""
+    elsewhere = ("state_dict", "optimizer_states", "lr_schedulers", "hf_config")
+    rest = {name: value for name, value in checkpoint.items() if name not in elsewhere}
+    weights = checkpoint["state_dict"].items()
+    rest["state_dict"] = {name: tensor.clone() for name, tensor in weights if not name.startswith(WEIGHTS_PREFIX)}
+    return rest
 
 
 def _best(facts: Facts, metric: str) -> float | None:

@@ -24,11 +24,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from enstack_lightning.checkpoint import Options, Report, Severity, failure_of, verify_checkpoint
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules import judge
+from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
@@ -91,18 +92,23 @@ class EnStackCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._saved: Mapping[str, Any] = {}
-        self._automatic: str | None = None
-        super().__init__(
-            VulnerabilityClassifier,
-            VulnerabilityDataModule,
-            args=args,
-            seed_everything_default=DEFAULT_SEED,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            # Otherwise `hyper_parameters` names a function for load_from_checkpoint to import.
-            load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "enstack", "description": "Fine-tunes a code encoder, safely."},
-        )
+        self._loaded_instead: str | None = None
+        self._converted: Path | None = None
+        try:
+            super().__init__(
+                VulnerabilityClassifier,
+                VulnerabilityDataModule,
+                args=args,
+                seed_everything_default=DEFAULT_SEED,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                # Otherwise `hyper_parameters` names a function for load_from_checkpoint to import.
+                load_from_checkpoint_support=False,
+                parser_kwargs={"prog": "enstack", "description": "Fine-tunes a code encoder, safely."},
+            )
+        finally:
+            if self._converted is not None and _is_rank_zero():
+                self._converted.unlink(missing_ok=True)
 
     # Parsing
 
@@ -139,12 +145,48 @@ class EnStackCLI(LightningCLI):
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
         if path == "auto":
-            path = self._automatic = self._newest_checkpoint(subcommand)
+            path = self._loaded_instead = self._newest_checkpoint(subcommand)
         if not path or path in ("last", "best", "hpc") or "://" in path:
             return  # the Trainer finds out which file that is, and the guard verifies it then
-        self._saved = _verified_entries(path, subcommand, self.config[subcommand].checkpoint_guard)
-        self._subcommand_parsers[subcommand].set_defaults(_saved_options(self._saved))
+        report = _usable(path, subcommand, self.config[subcommand].checkpoint_guard)
+        file, tokenizer = report.path, None
+        if Path(file).is_dir():
+            converted = self._convert(report, subcommand)
+            file = self._loaded_instead = str(self._converted)
+            tokenizer = converted.tokenizer
+        self._saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        saved = _saved_options(self._saved) | ({"data.tokenizer": tokenizer} if tokenizer else {})
+        self._subcommand_parsers[subcommand].set_defaults(saved)
         self.config = parser.parse_args(args)
+        if self._converted is not None and not tokenizer and not _has_tokenizer(self._saved, self.config[subcommand]):
+            raise CheckpointError(
+                f"checkpoint {path} names no tokenizer: give the one it was trained with, --data.tokenizer"
+            )
+
+    def _convert(self, report: Report, subcommand: str) -> Converted:
+        """Writes a folder as the `.ckpt` that this run loads; it is hidden in the run's folder, and goes with the run.
+
+        Raises:
+            CheckpointError: the folder cannot be used, or its copy not be written.
+        """
+        config, folder = self.config[subcommand], Path(report.path)
+        if subcommand == "fit":
+            options = {**config.best_model.as_dict(), "dirpath": config.best_model.dirpath or _folder_of_run(config)}
+            converted = convert_to_resume(
+                folder, report, config.trainer.accumulate_grad_batches or 1, ModelCheckpoint(**options)
+            )
+        else:
+            converted = convert_to_evaluate(folder, report)
+        self._converted = Path(config.trainer.default_root_dir or ".") / f".{folder.resolve().name}.folder.ckpt"
+        if _is_rank_zero():  # the others wait for it before they load
+            try:
+                self._converted.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(converted.checkpoint, self._converted)
+            except (OSError, RuntimeError) as e:  # torch says the latter where a disk is full
+                raise CheckpointError(f"{self._converted}, the copy of {folder} to load, cannot be written: {e}") from e
+        if converted.said:
+            rank_zero_info(f"resume from folder   {folder}: {'; '.join(converted.said)}")
+        return converted
 
     def _newest_checkpoint(self, subcommand: str) -> str | None:
         """The newest good checkpoint of the run's folders; None for a fresh start.
@@ -208,8 +250,8 @@ class EnStackCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        if arguments.get("ckpt_path") == "auto":  # the saved config keeps the word, for the next start
-            arguments["ckpt_path"] = self._automatic
+        if arguments.get("ckpt_path") == "auto" or self._converted is not None:
+            arguments["ckpt_path"] = self._loaded_instead  # the saved config keeps what was asked for
         return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -245,23 +287,28 @@ class EpochLines(Callback):
             )
 
 
-def _verified_entries(path: str, subcommand: str, guard: Any) -> Mapping[str, Any]:
-    """The plain entries of a checkpoint that has passed verification; weights stay on disk, mapped.
+def _usable(path: str, subcommand: str, guard: Any) -> Report:
+    """The report on a checkpoint that has passed verification: the one asked for, or with `fallback` another.
 
     Raises:
         CheckpointError: The checkpoint has errors.
     """
     fallback: Fallback = guard.fallback if subcommand == "fit" else "none"
-    if fallback == "none":
-        report = _verified(path, subcommand, guard)
-        if not report.accepted(strict=False):
-            raise failure_of(report)
-    else:  # the guard will come to the same choice, and set aside what is damaged
-        path = choose(path, lambda p: _verified(p, subcommand, guard), fallback, guard.strict).path
-    if not Path(path).is_file():
-        raise CheckpointError(f"checkpoint {path} is a folder; resume from a Lightning .ckpt file")
-    entries: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return entries
+    if fallback != "none":  # the guard will come to the same choice, and set aside what is damaged
+        return choose(path, lambda p: _verified(p, subcommand, guard), fallback, guard.strict).report
+    report = _verified(path, subcommand, guard)
+    if not report.accepted(strict=False):
+        raise failure_of(report)
+    return report
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _has_tokenizer(entries: Mapping[str, Any], config: Any) -> bool:
+    held = entries.get(VulnerabilityDataModule.__qualname__) or {}
+    return bool(config.data.tokenizer or held.get("tokenizer_json") or config.model.pretrained)
 
 
 def _verified(path: str, subcommand: str, guard: Any) -> Report:

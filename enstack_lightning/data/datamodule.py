@@ -113,7 +113,7 @@ class VulnerabilityDataModule(LightningDataModule):
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # a logger takes no label_names that are not those of the model
         limits = {"num_labels": 2, "max_length": 3, "train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         for name, smallest in limits.items():
             if self.hparams[name] < smallest:

@@ -229,7 +229,7 @@ class VulnerabilityClassifier(LightningModule):
                 "set the Trainer's max_steps or max_epochs."
             )
         optimizer = AdamW(
-            _parameter_groups(self.network, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
+            parameter_groups(self.network, self.hparams["weight_decay"]), lr=self.hparams["learning_rate"]
         )
         warmup = warmup_steps(int(total_steps), self.hparams["warmup_fraction"])
         scheduler = warmup_schedule(optimizer, int(total_steps), warmup, self.hparams["schedule"])
@@ -349,7 +349,12 @@ class VulnerabilityClassifier(LightningModule):
         checkpoint["hf_config"] = json.loads(self.network.config.to_json_string(use_diff=False))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says so where the checkpoint's class weights, which are about to be loaded, differ from the config's."""
+        """Says so where the checkpoint's class weights, which are about to be loaded, differ from the config's.
+
+        A folder of a network alone has none: those of the config stay.
+        """
+        if "from_folder" in checkpoint:
+            checkpoint["state_dict"].setdefault("class_weight", self.class_weight)
         stored = checkpoint.get("state_dict", {}).get("class_weight")
         if self._is_fitting and stored is not None and not torch.equal(stored.cpu(), self.class_weight.cpu()):
             rank_zero_info(f"The class weights of the checkpoint are kept: {_figures(stored)}.")
@@ -416,7 +421,7 @@ def balanced_class_weights(counts: Sequence[int]) -> Tensor:
     return torch.tensor([rows / (len(counts) * count) if count else 0.0 for count in counts])
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of (name, parameter): with weight decay, and the biases and normalisation weights without."""
     no_decay_ids = {
         id(parameter)
