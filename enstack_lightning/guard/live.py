@@ -47,7 +47,7 @@ def configured(trainer: Trainer) -> Configured:
     """What a Trainer's optimizers and schedulers are made with (at `on_fit_start`)."""
     return Configured(
         tuple(_group_options(optimizer) for optimizer in trainer.optimizers),
-        tuple(schedule_options(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs),
+        tuple(schedule_options(_scheduler_state(c.scheduler)) for c in trainer.lr_scheduler_configs),
         learning_rates(trainer),
     )
 
@@ -281,9 +281,15 @@ def _paired(keys: Sequence[int | str], parameters: Sequence[torch.Tensor]) -> li
 def _scheduler(trainer: Trainer, scheduler: Any) -> SchedulerFacts:
     optimizer = getattr(scheduler, "optimizer", None)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in getattr(optimizer, "param_groups", ())]
-    facts = scheduler_of(scheduler.state_dict(), optimizer_of({"param_groups": groups}, _scalar).groups)
+    facts = scheduler_of(_scheduler_state(scheduler), optimizer_of({"param_groups": groups}, _scalar).groups)
     alone = [getattr(c.scheduler, "optimizer", None) for c in trainer.lr_scheduler_configs].count(optimizer) == 1
     return dataclasses.replace(facts, scheduled_lr=_scheduled_lr(scheduler)) if alone else facts
+
+
+def _scheduler_state(scheduler: Any) -> Mapping[str, Any]:
+    """Its `state_dict()`; empty where that is no dict, as a scheduler of the user's own may have it."""
+    state = scheduler.state_dict()
+    return state if isinstance(state, Mapping) else {}
 
 
 def _scheduled_lr(scheduler: Any) -> tuple[float, ...]:

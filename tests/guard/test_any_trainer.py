@@ -190,6 +190,27 @@ def two_schedules(module: Net) -> Any:
     return [optimizer], [by_step, torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class Stateless:
+    """A scheduler of the user's own, which has nothing to save."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.param_groups[0]["lr"] *= 0.9
+
+    def state_dict(self) -> None:
+        return None
+
+    def load_state_dict(self, state: None) -> None:
+        assert state is None
+
+
+def scheduler_without_state(module: Net) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    return [optimizer], [Stateless(optimizer)]
+
+
 def frozen_part(module: Net) -> Any:
     module.backbone.requires_grad_(False)
     return torch.optim.AdamW(module.parameters(), lr=1e-3)
@@ -257,6 +278,9 @@ CASES: dict[str, Case] = {
     "plateau": Case(with_optimizer(plateau)),
     "warm-up in sequence": Case(with_optimizer(warm_up)),
     "two schedules on one optimizer": Case(with_optimizer(two_schedules)),
+    "scheduler without state": Case(
+        net(configure_optimizers=scheduler_without_state, lr_scheduler_step=lambda self, scheduler, _: scheduler.step())
+    ),
     "frozen part": Case(with_optimizer(frozen_part)),
     # Lightning counts a step that the optimizer, without a gradient, does not do: to a file that is a step lost.
     "losses left out": Case(net(training_step=every_other_loss), allowed=("CK401", "CK402"), steps=(6,)),

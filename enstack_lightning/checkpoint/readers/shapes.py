@@ -110,6 +110,8 @@ def _not_a_step(step: object, where: str) -> Iterable[str]:
 
 
 def _in_scheduler(entry: object, where: str) -> Iterator[str]:
+    if entry is None:
+        return  # what a scheduler of the user's own may have for a state
     if not isinstance(entry, Mapping):
         yield must_be(where, entry, "a dict")
         return

@@ -148,11 +148,12 @@ def _option(name: str, value: object) -> Any:
 def schedulers_of(
     entries: object, optimizers: Sequence[OptimizerFacts] | None = None
 ) -> tuple[SchedulerFacts, ...] | None:
-    """Facts of a list of `LRScheduler.state_dict()`; None when the value is no such list."""
-    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+    """Facts of a list of `LRScheduler.state_dict()`, or None for what has none; None when the value is no such list."""
+    if not isinstance(entries, list) or not all(e is None or isinstance(e, Mapping) for e in entries):
         return None
     groups = [_groups_under(i, len(entries), optimizers or ()) for i in range(min(len(entries), MAX_STATES))]
-    return tuple(scheduler_of(e, g, i < MAX_DESCRIBED) for i, (e, g) in enumerate(zip(entries, groups, strict=False)))
+    pairs = enumerate(zip(entries, groups, strict=False))
+    return tuple(scheduler_of(e or {}, g, i < MAX_DESCRIBED) for i, (e, g) in pairs)
 
 
 def scheduler_of(
