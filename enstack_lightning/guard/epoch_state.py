@@ -163,8 +163,14 @@ def _fill(result: _ResultMetric, saved: dict[str, Any], device: torch.device) ->
 def _metrics_of_training(trainer: Trainer) -> Iterator[tuple[str, Metric]]:
     validated = {id(r.value) for r in trainer.fit_loop.epoch_loop.val_loop._results.values() if not r.is_tensor}
     for name, metric in _metrics_by_name(trainer.lightning_module).items():
-        if metric._update_count > 0 and id(metric) not in validated:
+        if metric._update_count > 0 and id(metric) not in validated and _is_of_tensors(metric):
             yield name, metric
+
+
+def _is_of_tensors(metric: Metric) -> bool:
+    """Whether a metric's states are tensors and lists of tensors; those of encoded masks are tuples of bytes."""
+    states = (getattr(metric, name) for name in metric._defaults)
+    return all(isinstance(part, Tensor) for s in states for part in (s if isinstance(s, list) else [s]))
 
 
 def _metrics_by_name(module: LightningModule) -> dict[str, Metric]:
