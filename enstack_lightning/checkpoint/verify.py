@@ -119,7 +119,9 @@ def failure_of(report: Report) -> CheckpointError:
     said = "; ".join(f"{f.code} {f.message}" for f in errors) or "nothing in it could be verified"
     hint = next((f.hint for f in errors if f.hint), "")
     kind = CheckpointError if _exists(report.path) else CheckpointNotFoundError
-    return kind(f"checkpoint {report.path} must not be used: {said}. {hint}".strip())
+    of_the_run = bool(errors) and all(f.code.startswith("CK9") for f in errors)
+    why = "does not suit this run" if of_the_run else "must not be used"
+    return kind(f"checkpoint {report.path} {why}: {said}. {hint}".strip())
 
 
 def report_on(

@@ -21,7 +21,7 @@ from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_che
 from enstack_lightning.guard.choice import Fallback, choose, refusal, set_aside, what_it_costs
 from enstack_lightning.guard.exactness import lost_guarantees
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
-from enstack_lightning.guard.fresh_start import doubts
+from enstack_lightning.guard.fresh_start import doubts, earlier_run
 from enstack_lightning.guard.health import Health
 from enstack_lightning.guard.live import (
     Configured,
@@ -137,6 +137,10 @@ class CheckpointGuard(Callback):
     ) -> None:
         join_imported_flavors()
         super().__init__()
+        flags = {"strict": strict, "verify_after_save": verify_after_save, "repair": repair}
+        for name, value in {**flags, "save_on_signal": save_on_signal}.items():
+            if not isinstance(value, bool):
+                raise CheckpointGuardError(f"{name} is {value!r} and must be true or false")
         if step_tolerance is not None and step_tolerance < 0:
             raise CheckpointGuardError(f"step_tolerance is {step_tolerance} and must be 0 or more")
         if lr_bounds is not None and not 0 <= lr_bounds[0] <= lr_bounds[1]:
@@ -260,8 +264,11 @@ class CheckpointGuard(Callback):
             # A checkpoint without the entry `callbacks`: Lightning has not called on_load_checkpoint.
             self._stop_where_nothing_is_left(trainer, judged.facts)
             self._loaded = judged.facts
-        for doubt in doubts(trainer) if trainer.ckpt_path is None else ():
-            rank_zero_warn(f"CheckpointGuard: {doubt}")
+        if trainer.ckpt_path is None and trainer.is_global_zero:
+            for doubt in doubts(trainer):
+                rank_zero_warn(f"CheckpointGuard: {doubt}")
+            if said := earlier_run(trainer):
+                rank_zero_info(f"CheckpointGuard: {said}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:

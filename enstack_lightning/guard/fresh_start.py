@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+def earlier_run(trainer: Trainer) -> str:
+    """The sentence that says which checkpoints stand where this run saves, although it starts anew; else empty."""
+    if trainer.global_step or trainer.fast_dev_run:
+        return ""
+    for folder in _folders(trainer):
+        if (good := find_last_good(folder)) is not None:
+            steps = good.facts.progress.global_step
+            at = "" if steps is None else f" (step {steps:,})"
+            return (
+                f"{folder} holds checkpoints of an earlier run, the newest good one {good.path}{at}. This run starts "
+                "anew and saves beside them; to go on from it, give it as ckpt_path"
+            )
+    return ""
+
+
 def doubts(trainer: Trainer) -> list[str]:
     """What speaks against starting anew, in sentences: links to checkpoints that are gone.
 
@@ -20,10 +35,9 @@ def doubts(trainer: Trainer) -> list[str]:
     (https://github.com/Lightning-AI/pytorch-lightning/issues/20192). A path that was not to be resumed from looks the
     same from inside a Trainer, so that this cannot be an error.
     """
-    dirpaths = [c.dirpath for c in trainer.checkpoint_callbacks if is_model_checkpoint(c) and c.dirpath]
-    folders = [folder for dirpath in dict.fromkeys(dirpaths) if (folder := local_path(dirpath)) is not None]
     said = []
-    for link in (path for folder in folders for path in sorted(folder.glob("*.ckpt")) if _leads_nowhere(path)):
+    links = (path for folder in _folders(trainer) for path in sorted(folder.glob("*.ckpt")) if _leads_nowhere(path))
+    for link in links:
         good = find_last_good(link.parent)
         instead = f"The newest good checkpoint there is {good.path}." if good else "No good checkpoint stands there."
         said.append(
@@ -31,6 +45,12 @@ def doubts(trainer: Trainer) -> list[str]:
             f'resumed from (ckpt_path="last"), stop and name another. {instead}'
         )
     return said
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """The folders on disk that the run saves to."""
+    dirpaths = [c.dirpath for c in trainer.checkpoint_callbacks if is_model_checkpoint(c) and c.dirpath]
+    return [folder for dirpath in dict.fromkeys(dirpaths) if (folder := local_path(dirpath)) is not None]
 
 
 def _leads_nowhere(path: Path) -> bool:

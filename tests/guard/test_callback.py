@@ -152,7 +152,9 @@ def test_the_bounds_of_the_learning_rate_are_the_users(trained: Path, tmp_path: 
         resume(trained / "step=7.ckpt", tmp_path, CheckpointGuard(strict=True, lr_bounds=(1e-8, 1e-3)))
 
 
-@pytest.mark.parametrize("options", [{"step_tolerance": -1}, {"lr_bounds": (2.0, 1.0)}, {"lr_bounds": (-1.0, 1.0)}])
+@pytest.mark.parametrize(
+    "options", [{"step_tolerance": -1}, {"lr_bounds": (2.0, 1.0)}, {"lr_bounds": (-1.0, 1.0)}, {"repair": "no"}]
+)
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CheckpointGuardError, match="must be"):
         CheckpointGuard(**options)

@@ -99,6 +99,17 @@ def test_a_last_that_leads_nowhere_is_said(trained: Path, tmp_path: Path) -> Non
     assert any("step=7.ckpt" in str(w.message) for w in said)
 
 
+def test_a_start_beside_an_earlier_run_is_said(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(trained / "step=7.ckpt", tmp_path)
+    with caplog.at_level(logging.INFO):
+        resume(None, tmp_path, ModelCheckpoint(tmp_path), max_epochs=1)
+    assert f"{tmp_path} holds checkpoints of an earlier run, the newest good one {tmp_path}/step=7.ckpt" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        resume(tmp_path / "step=7.ckpt", tmp_path, ModelCheckpoint(tmp_path))
+    assert "earlier run" not in caplog.text
+
+
 def test_a_resume_that_nobody_asked_for_is_verified_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`fit(ckpt_path=None)` resumes where an `OnExceptionCheckpoint` has left its file."""
     with pytest.raises(RuntimeError, match="on purpose"):
