@@ -33,7 +33,7 @@ def restore_loader_position(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop
     states = getattr(loop, "_combined_loader_states_to_load", None)
-    if not loop.restarting:  # a new epoch begins, and the position is the end of the one before
+    if loop.is_resuming and not loop.restarting:  # at an epoch's end that is not restarted exactly: all is spent there
         return False
     if not states or loop._combined_loader is None or loop._data_fetcher is None:
         return False
