@@ -23,6 +23,7 @@ FILES = (
     "callbacks",
     "models/test_restore.py",
     "models/test_hooks.py",
+    "plugins/test_async_checkpoint.py",
     "plugins/test_checkpoint_io_plugin.py",
     "trainer/connectors/test_callback_connector.py",
     "trainer/connectors/test_checkpoint_connector.py",
@@ -46,6 +47,7 @@ EXPECTED = {
     ),
     "test_resume_callback_state_saved_by_type": "loads a class that nobody vouched for (allow_globals)",
     "test_stateful_trainer_ckpt_path_support": "loads a file without counters and optimizers: not to be resumed from",
+    "test_trainer_save_checkpoint_storage_options": "a mock writes nothing: such a save fails",
 }
 """Tests that assert what the guard is there to refuse, or what one more callback changes by its nature."""
 
