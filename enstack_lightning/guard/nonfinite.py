@@ -18,6 +18,7 @@ from torch import Tensor
 
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import rank_zero_warn
+from enstack_lightning.guard.ranks import on_any_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -176,10 +177,7 @@ class NonfiniteWatch:
         self._bad_gradients = {}
 
     def _raise_if_bad(self, trainer: Trainer) -> None:
-        is_bad = self._is_bad()
-        if trainer.world_size > 1:  # one rank alone must not leave the others waiting
-            is_bad = trainer.strategy.reduce_boolean_decision(is_bad, all=False)
-        if is_bad:
+        if on_any_rank(trainer, self._is_bad()):  # one rank alone must not leave the others waiting
             said = self._said(trainer)
             self._forget()
             raise CheckpointGuardError(said)

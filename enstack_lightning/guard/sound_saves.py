@@ -19,6 +19,7 @@ from torch import Tensor
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX
 from enstack_lightning.guard.flavor import is_model_checkpoint, rank_zero_warn
 from enstack_lightning.guard.nonfinite import listed, nonfinite_among
+from enstack_lightning.guard.ranks import on_any_rank
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -89,10 +90,7 @@ class SoundSaves:
         trainer = self.trainer
         assert trainer is not None
         bad = self._bad_now(trainer)
-        is_bad = bool(bad)
-        if trainer.world_size > 1:
-            is_bad = trainer.strategy.reduce_boolean_decision(is_bad, all=False)
-        if not is_bad:
+        if not on_any_rank(trainer, bool(bad)):
             self._in_bad_run = False
             return True
         if not self._in_bad_run:
