@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def earlier_run(trainer: Trainer) -> str:
     """The sentence that says which checkpoints stand where this run saves, although it starts anew; else empty."""
-    if trainer.global_step or trainer.fast_dev_run:
+    if trainer.global_step:
         return ""
     for folder in _folders(trainer):
         if (good := find_last_good(folder)) is not None:
