@@ -27,6 +27,7 @@ from enstack_lightning.checkpoint.pickle_rebuild import (
     odd_tensors,
     storage_of,
 )
+from enstack_lightning.checkpoint.pickle_tensors import read_tensor, tensor_call
 from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSEEN, untangled
 from enstack_lightning.checkpoint.pickle_values import (
     CONTAINERS,
@@ -151,86 +152,102 @@ class _Machine:
         self.at += 2
 
     def step_to_the_end(self) -> None:
-        """Runs opcodes until STOP. Those that make up nine tenths of a checkpoint are written out for speed."""
+        """Runs opcodes until STOP. Those that make up nine tenths of a checkpoint are written out for speed.
+
+        A tensor that is written as torch does is read at once; the opcodes that it is made of are counted all the same.
+        """
         data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
         stack, at, end = self.stack, self.at, self.end
         containers, unpack_from, beyond = CONTAINERS, struct.unpack_from, _NOT_WEIGHTS_ONLY
+        left = self.max_opcodes
         try:
-            for _ in range(self.max_opcodes):
-                if at >= end:
-                    self.at = at
-                    end = self.leave_frame()
-                opcode = data[at]
-                at += 1
-                if opcode == 0x71:  # BINPUT
-                    memo[data[at]] = stack[-1]
+            while True:
+                for step in range(1, left + 1):
+                    if at >= end:
+                        self.at = at
+                        end = self.leave_frame()
+                    opcode = data[at]
                     at += 1
-                elif opcode == 0x72:  # LONG_BINPUT
-                    index = unpack_from("<I", data, at)[0]
-                    if index > len(memo) + _MAX_MEMO_GAP:
-                        raise PickleDefectError(
-                            f"memo value {index:,} is set at byte {at - 1:,} after {len(memo):,} others"
-                        )
-                    memo[index] = stack[-1]
-                    at += 4
-                elif opcode == 0x94:  # MEMOIZE
-                    memo[len(memo)] = stack[-1]
-                    self.refused.add(opcode)
-                elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
-                    if opcode == 0x68:
-                        value = memo[data[at]]
+                    if opcode == 0x71:  # BINPUT
+                        memo[data[at]] = stack[-1]
                         at += 1
-                    else:
-                        value = memo[unpack_from("<I", data, at)[0]]
+                    elif opcode == 0x72:  # LONG_BINPUT
+                        index = unpack_from("<I", data, at)[0]
+                        if index > len(memo) + _MAX_MEMO_GAP:
+                            raise PickleDefectError(
+                                f"memo value {index:,} is set at byte {at - 1:,} after {len(memo):,} others"
+                            )
+                        memo[index] = stack[-1]
                         at += 4
-                    if value.__class__ in containers:
-                        shared[id(value)] = UNSEEN
-                    stack.append(value)
-                elif opcode == 0x4B:  # BININT1
-                    stack.append(data[at])
-                    at += 1
-                elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
-                    if opcode == 0x58:
-                        length = unpack_from("<I", data, at)[0]
-                        at += 4
-                    else:
-                        length = data[at]
-                        at += 1
+                    elif opcode == 0x94:  # MEMOIZE
+                        memo[len(memo)] = stack[-1]
                         self.refused.add(opcode)
-                    raw = data[at : at + length]
-                    if raw.isascii() and at + length <= end:
-                        stack.append(raw.decode("ascii"))
+                    elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
+                        if opcode == 0x68:
+                            value = memo[data[at]]
+                            at += 1
+                        else:
+                            value = memo[unpack_from("<I", data, at)[0]]
+                            at += 4
+                        if value.__class__ in containers:
+                            shared[id(value)] = UNSEEN
+                        stack.append(value)
+                    elif opcode == 0x4B:  # BININT1
+                        stack.append(data[at])
+                        at += 1
+                    elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
+                        if opcode == 0x58:
+                            length = unpack_from("<I", data, at)[0]
+                            at += 4
+                        else:
+                            length = data[at]
+                            at += 1
+                            self.refused.add(opcode)
+                        raw = data[at : at + length]
+                        if raw.isascii() and at + length <= end:
+                            stack.append(raw.decode("ascii"))
+                        else:
+                            self.at = at
+                            self.text(length)
+                        raw = b""
+                        at += length
+                    elif opcode == 0x28:  # MARK
+                        match = None if self.legacy else tensor_call(data, at, end)
+                        if match is not None:
+                            opcodes = read_tensor(self, match, left - step)
+                            if opcodes:
+                                at = match.end()
+                                left -= step + opcodes
+                                break
+                        self.below_marks.append(stack)
+                        stack = self.stack = []
+                    elif opcode == 0x8A and at + 5 < end and data[at] <= 5:  # LONG1, as in the state of Python's random
+                        after = at + 1 + data[at]
+                        stack.append(int.from_bytes(data[at + 1 : after], "little", signed=True))
+                        at = after
+                    elif opcode == 0x74:  # TUPLE
+                        values = tuple(stack)
+                        stack = self.stack = self.below_marks.pop()
+                        stack.append(values)
+                    elif opcode == 0x86:  # TUPLE2
+                        last = stack.pop()
+                        stack[-1] = (stack[-1], last)
+                    elif opcode == 0x85:  # TUPLE1
+                        stack[-1] = (stack[-1],)
+                    elif opcode == 0x29:  # EMPTY_TUPLE
+                        stack.append(())
+                    elif opcode == 0x2E:  # STOP
+                        return
                     else:
                         self.at = at
-                        self.text(length)
-                    raw = b""
-                    at += length
-                elif opcode == 0x28:  # MARK
-                    self.below_marks.append(stack)
-                    stack = self.stack = []
-                elif opcode == 0x74:  # TUPLE
-                    values = tuple(stack)
-                    stack = self.stack = self.below_marks.pop()
-                    stack.append(values)
-                elif opcode == 0x86:  # TUPLE2
-                    last = stack.pop()
-                    stack[-1] = (stack[-1], last)
-                elif opcode == 0x85:  # TUPLE1
-                    stack[-1] = (stack[-1],)
-                elif opcode == 0x29:  # EMPTY_TUPLE
-                    stack.append(())
-                elif opcode == 0x2E:  # STOP
-                    break
+                        if opcode in beyond:
+                            self.refused.add(opcode)
+                        dispatch[opcode](self)
+                        at, end, stack = self.at, self.end, self.stack
                 else:
-                    self.at = at
-                    if opcode in beyond:
-                        self.refused.add(opcode)
-                    dispatch[opcode](self)
-                    at, end, stack = self.at, self.end, self.stack
-            else:
-                raise PickleDefectError(
-                    f"the pickle has more than {self.max_opcodes:,} opcodes, the most that is read in bounded time"
-                )
+                    raise PickleDefectError(
+                        f"the pickle has more than {self.max_opcodes:,} opcodes, the most that is read in bounded time"
+                    )
         finally:
             self.at = at
 
@@ -510,6 +527,10 @@ class _Machine:
         if self.legacy and isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             self.stack.append(pid[1])  # the class of a module, and its source code, which torch would compare
             return
+        self.stack.append(self.storage(pid))
+
+    def storage(self, pid: object) -> StorageDescriptor:
+        """The storage that a persistent id names, which must be named alike everywhere."""
         storage = storage_of(pid, self.legacy)
         header = storage.dtype, storage.numel, storage.location
         known = self.storage_headers.setdefault(storage.key, header)
@@ -518,7 +539,7 @@ class _Machine:
                 f"storage {storage.key!r:.40} is {known[1]:,} elements of {known[0]} on {known[2]!r:.40} in one place "
                 f"and {storage.numel:,} of {storage.dtype} on {storage.location!r:.40} in another"
             )
-        self.stack.append(self.storages.setdefault((storage.key, storage.view), storage))
+        return self.storages.setdefault((storage.key, storage.view), storage)
 
 
 def _check_open(target: object) -> None:

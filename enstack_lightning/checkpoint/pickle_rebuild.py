@@ -62,13 +62,19 @@ def _view(value: object) -> tuple[str, int, int] | None:
 def _tensor(storage: object, dtype: str | None, shape: object, stride: object, offset: object) -> TensorDescriptor:
     if not isinstance(storage, StorageDescriptor):
         raise PickleDefectError(f"a tensor is built from {_said(storage)}, which is no storage")
-    sizes, strides = _sizes(shape), _sizes(stride)
+    return strided(storage, dtype, sizes_of(shape), sizes_of(stride), offset)
+
+
+def strided(
+    storage: StorageDescriptor, dtype: str | None, sizes: tuple[int, ...], strides: tuple[int, ...], offset: object
+) -> TensorDescriptor:
+    """The tensor of sizes and strides that `sizes_of` has checked."""
     if len(sizes) != len(strides) or type(offset) is not int or not 0 <= offset < _INT64_LIMIT:
         raise PickleDefectError(f"a tensor has {len(sizes)} sizes, {len(strides)} strides and offset {_said(offset)}")
     return TensorDescriptor(storage, dtype or storage.dtype, sizes, strides, offset)
 
 
-def _sizes(value: object) -> tuple[int, ...]:
+def sizes_of(value: object) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
         raise PickleDefectError(f"a tensor's shape or stride is {_said(value)}, not a list of whole numbers")
     for size in value:
@@ -176,7 +182,7 @@ def _rebuild_sparse_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescripto
     compressed = layout != "sparse_coo"
     if not isinstance(data, tuple) or len(data) not in ((4,) if compressed else (3, 4)) or layout == "strided":
         raise PickleDefectError(f"a tensor of layout {layout} is built from {_said(data)}")
-    parts, shape = data[: 2 + compressed], _sizes(data[2 + compressed])
+    parts, shape = data[: 2 + compressed], sizes_of(data[2 + compressed])
     if not all(isinstance(part, TensorDescriptor) for part in parts):
         raise PickleDefectError(f"a tensor of layout {layout} is built from something that is no tensor")
     if not compressed and not _are_of_one_shape(parts[0].shape, parts[1].shape, shape):
@@ -255,7 +261,7 @@ def _rebuild_wrapper_subclass(work: Work, args: tuple[Any, ...]) -> TensorDescri
 
 
 def _without_storage(dtype: object, shape: object, stride: object) -> TensorDescriptor:
-    sizes, strides = _sizes(shape), _sizes(stride)
+    sizes, strides = sizes_of(shape), sizes_of(stride)
     if len(sizes) != len(strides):
         raise PickleDefectError(f"a tensor has {len(sizes)} sizes and {len(strides)} strides")
     return TensorDescriptor(None, _dtype(dtype), sizes, strides, 0)
@@ -285,7 +291,7 @@ def _rebuild_from_type(work: Work, args: tuple[Any, ...]) -> Any:
 
 
 def _size(work: Work, args: tuple[Any, ...]) -> tuple[int, ...]:
-    return _sizes(_arguments(args, (1,), "torch.Size")[0]) if args else ()
+    return sizes_of(_arguments(args, (1,), "torch.Size")[0]) if args else ()
 
 
 def _device(work: Work, args: tuple[Any, ...]) -> Call:

@@ -77,7 +77,7 @@ class Loop:
         return "<loop>"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: that takes five times as long to make
 class StorageDescriptor:
     """Where a tensor's bytes lie: the record `data/<key>`, `numel` elements of `dtype`.
 
@@ -94,7 +94,7 @@ class StorageDescriptor:
     view: tuple[str, int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: that takes five times as long to make
 class TensorDescriptor:
     """A tensor by its header: `shape` and `stride` in elements, `offset` in elements into its storage.
 

@@ -95,7 +95,9 @@ class TorchFile:
         self.defects: list[ContainerDefectError] = []
         self.oddities: list[Oddity] = []
         self._computes_crc32 = any(r.crc32 for r in self.records.values())
-        self.without_checksum = sum(r.size for r in self.records.values() if self._checksum_of(r) is None)
+        self.without_checksum = sum(
+            r.size for r in self.records.values() if not r.crc32 and self._checksum_of(r) is None
+        )
         self._compared: set[str] = set()
         self._scalars: dict[str, bytes] = {}
         self._scalar_bytes = 0
@@ -188,11 +190,13 @@ class TorchFile:
             raise ContainerDefectError(
                 "damaged", f"a tensor in it has {len(shape):,} dimensions and {len(stride):,} strides", name
             )
-        if any(n < 0 for n in shape) or any(s < 0 for s in stride):
+        if shape and (min(shape) < 0 or min(stride) < 0):
             raise ContainerDefectError("damaged", "a tensor in it has a negative dimension or stride", name)
         if 0 in shape:
             return
-        last = tensor.offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        last = tensor.offset
+        for n, s in zip(shape, stride, strict=True):
+            last += (n - 1) * s
         if (last + 1) * itemsize > size:
             raise ContainerDefectError(
                 "damaged",
@@ -227,7 +231,9 @@ class TorchFile:
     def not_read(self) -> int:
         """Bytes of records that have a checksum and were not compared with it so far."""
         return sum(
-            r.size for n, r in self.records.items() if n not in self._compared and self._checksum_of(r) is not None
+            r.size
+            for n, r in self.records.items()
+            if n not in self._compared and (r.crc32 or self._checksum_of(r) is not None)
         )
 
     # Records

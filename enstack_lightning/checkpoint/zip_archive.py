@@ -32,6 +32,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _DESCRIPTOR64 = struct.Struct("<4sI2Q")
+_DESCRIPTORS = {form.size: form for form in (_DESCRIPTOR, _DESCRIPTOR64)}
 _HAS_DESCRIPTOR = 0x0008
 _ALLOWED_FLAGS = 0x0800 | _HAS_DESCRIPTOR
 _WIDE = 0xFFFFFFFF
@@ -40,6 +41,9 @@ _ZIP64_EXTRA = 0x0001
 _PADDING_EXTRA = b"FB"
 _USUAL_EXTRA_BYTES = 160
 """Of a local header: a zip64 field and padding to 64 bytes take less; more is read when it is said to be there."""
+
+_READ_AHEAD_BYTES = 256
+"""Read with a descriptor in a file on disk: as a rule, the header behind it."""
 
 
 class Record(NamedTuple):
@@ -75,6 +79,8 @@ class ZipArchive:
         entries = _read_directory(source, directory)
         entries.sort(key=_header_offset)
         self._prefetch(entries, directory.start)
+        self._ahead = 0 if source.local_fd() is None else _READ_AHEAD_BYTES
+        self._near, self._near_offset = b"", 0
         self.records = self._read_headers(entries, directory.start)
 
     def check_alignment(self, alignment: int) -> None:
@@ -116,7 +122,7 @@ class ZipArchive:
                     entry.name,
                 )
             if entry.flags & _HAS_DESCRIPTOR:
-                expected += self._descriptor_length(entry, expected, border)
+                expected += self._descriptor_length(entry, expected, border, end)
             elif entry.size:
                 self.unlike_torch["has no descriptor behind it"] += 1
             records[entry.name] = Record(entry.name, entry.size, entry.crc32, entry.header_offset, offset)
@@ -130,7 +136,10 @@ class ZipArchive:
         size = min(_LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES, border - entry.header_offset)
         if size < _LOCAL.size + len(entry.raw_name):
             raise _header_defect(entry, "there is no room for it")
-        header = self._source.read_at(entry.header_offset, size, entry.name)
+        start = entry.header_offset - self._near_offset
+        header = self._near[start : start + size] if start >= 0 else b""
+        if len(header) < size:
+            header = self._source.read_at(entry.header_offset, size, entry.name)
         magic, _, flags, method, _, _, crc32, compressed, whole, name_length, extra_length = _LOCAL.unpack_from(header)
         extra_start = _LOCAL.size + name_length
         if magic != b"PK\x03\x04":
@@ -151,17 +160,18 @@ class ZipArchive:
             self.unlike_torch["has a header without torch's padding"] += 1
         return payload
 
-    def _descriptor_length(self, entry: _Entry, offset: int, border: int) -> int:
+    def _descriptor_length(self, entry: _Entry, offset: int, border: int, end: int) -> int:
         """The length of the descriptor at `offset`, which must fill the file up to the next record at `border`."""
-        form = {_DESCRIPTOR.size: _DESCRIPTOR, _DESCRIPTOR64.size: _DESCRIPTOR64}.get(border - offset)
+        form = _DESCRIPTORS.get(border - offset)
         if form is None:
             raise ContainerDefectError(
                 "damaged",
                 f"{border - offset:,} bytes lie between its end and the next record; a descriptor has 16 or 24",
                 entry.name,
             )
-        found = form.unpack(self._source.read_at(offset, form.size, entry.name))
-        if found != (b"PK\x07\x08", entry.crc32, entry.size, entry.size):
+        self._near = self._source.read_at(offset, form.size + max(0, min(self._ahead, end - border)), entry.name)
+        self._near_offset = offset
+        if form.unpack_from(self._near) != (b"PK\x07\x08", entry.crc32, entry.size, entry.size):
             raise ContainerDefectError(
                 "damaged", "the descriptor behind it disagrees with the archive's directory", entry.name
             )
