@@ -250,8 +250,8 @@ def drift_of_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
             yield warning(
                 f"{message}: {old - new:,} more are frozen",
                 "parameters",
-                "Expected if they were frozen on purpose. A BaseFinetuning callback does not unfreeze again on a resume: "
-                "unfreeze them in its on_fit_start.",
+                "Expected if they were frozen on purpose. A BaseFinetuning callback does not unfreeze again on a "
+                "resume: unfreeze them in its on_fit_start.",
             )
         else:
             yield info(f"{message}: {new - old:,} were unfrozen", "parameters")
