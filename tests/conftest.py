@@ -9,6 +9,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from builders import functions, train_lightning, write_jsonl
+from fsspec.implementations.memory import MemoryFileSystem
+
+collect_ignore = [
+    "benchmarks",
+    *(f"guard/{name}.py" for name in ("other_flavor", "preempted_ranks", "sharded_saves", "two_ranks")),
+]
+"""Scripts that are run by hand or by a test."""
+
+
+@pytest.fixture(autouse=True)
+def empty_memory() -> None:
+    """What other tests of the process left at `memory://` URLs is gone."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(scope="session")

@@ -485,7 +485,10 @@ def test_progress_is_shown_on_a_terminal_and_leaves_the_results_alone(good: Path
     assert "\x1b" not in piped
     both, _, _ = on_a_terminal("verify", folder, NO_COLOR="1")
     shown = [re.sub(r"\x1b\[\?25[hl]", "", line.rpartition("\x1b[2K")[2]) for line in both.split("\n")]
-    assert [line.strip("\r") for line in shown if line.startswith("PASS")] == piped.splitlines()[:200]
+    passed = [line.strip("\r") for line in shown if line.startswith("PASS")]
+    assert len(passed) == 200
+    for line, whole in zip(passed, piped.splitlines(), strict=False):  # a terminal folds long lines
+        assert whole.startswith(line.rstrip())
 
 
 def test_nobody_is_shown_progress_who_did_not_ask_or_cannot_see_it(good: Path, tmp_path: Path) -> None:

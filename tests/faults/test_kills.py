@@ -28,6 +28,7 @@ from torch import Tensor
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Options, Severity, Verdict, find_checkpoints, find_last_good, verify_checkpoint
 from enstack_lightning.checkpoint.manifest import manifest_path
+from enstack_lightning.guard.background import Snapshot
 from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
 
 DIGESTS = Options(digests=True)
@@ -90,10 +91,7 @@ def tell_saves(tell: Tell, crash: CrashPoint | None, at_step: int) -> None:
     save = GuardedCheckpointIO.save_checkpoint
 
     def told(self: GuardedCheckpointIO, checkpoint: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(checkpoint, dict):  # a snapshot, whose content comes here next
-            save(self, checkpoint, *args, **kwargs)
-            return
-        step = checkpoint["global_step"]
+        step = (checkpoint.checkpoint if isinstance(checkpoint, Snapshot) else checkpoint)["global_step"]
         if crash is not None and step == at_step:
             crash.install()
         tell(f"saving {step}")

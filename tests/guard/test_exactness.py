@@ -65,12 +65,14 @@ def test_another_version_of_torch_is_said(trained: Path, tmp_path: Path, caplog:
 
 
 @pytest.fixture
-def deterministic() -> Iterator[None]:
-    yield
+def restored() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("restored")
 def test_an_accelerator_is_exact_only_with_deterministic_algorithms() -> None:
     cuda = torch.device("cuda")
     assert of_device(torch.device("cpu")) == []
