@@ -1,6 +1,6 @@
 """Losses and gradients that are not finite: noticed in the step in which they come up, said once, cheaply.
 
-On the CPU each step's gradients are looked at, or every few steps' where that would take more than a hundredth of the
+On the CPU each step's gradients are looked at, or every few steps' where that would take more than 0.4 % of the
 time, as with large models and tiny batches. On an accelerator the flags are kept on the device, for looking at them
 would make the CPU wait for it: they are looked at every `log_every_n_steps` batches, before each save and at an epoch's
 end.
@@ -32,7 +32,7 @@ _NONE = -1
 _HALVES = {torch.float16, torch.bfloat16}
 _FLOATS = {torch.float32, torch.float64, *_HALVES}
 _CHEAP_SECONDS = 2e-4
-_SHARE = 0.008
+_SHARE = 0.004
 
 
 class NonfiniteWatch:
