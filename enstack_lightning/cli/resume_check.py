@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.wording import many
+from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.progress import ProgressBar, wants_progress
 from enstack_lightning.errors import EnStackError
 
@@ -50,7 +51,6 @@ UNREPEATABLE = (
     "random generator without a seed; see torch.use_deterministic_algorithms and --trainer.deterministic."
 )
 _NAMES = {"lrs": "learning rates", "random": "random state", "data": "the batch's data"}
-_CHECKPOINTS = ("best_model", "last_checkpoint", "recovery_checkpoint")
 _POLL_SECONDS = 0.1
 
 Line = dict[str, Any]
@@ -196,16 +196,16 @@ def _place(difference: Difference) -> Place:
 
 def _train(config: Path, run: Path, steps: int, bar: ProgressBar | None) -> list[Line]:
     """Trains to the end, from the newest checkpoint of `run` if there is one; returns all lines written so far."""
-    process, log = _start(config, run, steps, [])
     seen = len(_lines(run))
-    while process.poll() is None:
+    process, log = _start(config, run, steps, [])
+    while bar is not None and process.poll() is None:
         time.sleep(_POLL_SECONDS)
         now = len(_lines(run))
-        for _ in range(now - seen if bar else 0):
-            bar.advance()  # type: ignore[union-attr]
+        for _ in range(now - seen):
+            bar.advance()
         seen = now
-    if process.returncode != 0:
-        raise EnStackError(f"a run of the check ended with status {process.returncode}: {_last_line(log)}")
+    if (status := process.wait()) != 0:
+        raise EnStackError(f"a run of the check ended with status {status}: {_last_line(log)}")
     return _lines(run)
 
 
@@ -235,7 +235,7 @@ def _start(config: Path, run: Path, steps: int, more: list[str]) -> tuple[subpro
     # Two and a half epochs, each with validation, so that both kinds of checkpoint are resumed from.
     batches = max(2, steps * 2 // 5)
     call = ["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.default_root_dir", str(run)]
-    call += [part for name in _CHECKPOINTS for part in (f"--{name}.dirpath", str(run / "checkpoints"))]
+    call += [part for name in CHECKPOINT_CALLBACKS for part in (f"--{name}.dirpath", str(run / "checkpoints"))]
     call += ["--recovery_checkpoint.every_n_train_steps", str(max(1, steps // 6))]
     call += ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
     call += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(run)]

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from enstack_lightning.checkpoint import Options, Report, Severity, failure_of, verify_checkpoint
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules import judge
+from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
@@ -40,7 +41,6 @@ from enstack_lightning.guard.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42
-_CHECKPOINTS = ("best_model", "last_checkpoint", "recovery_checkpoint")
 _LINKED = {"model": {"vocab_size"}, "data": {"num_labels"}}
 
 
@@ -196,7 +196,7 @@ class EnStackCLI(LightningCLI):
             _FinishedError: the run has ended.
         """
         config = self.config[subcommand]
-        folders = [config[name].dirpath or _folder_of_run(config) for name in _CHECKPOINTS]
+        folders = [config[name].dirpath or _folder_of_run(config) for name in CHECKPOINT_CALLBACKS]
         guard = config.checkpoint_guard
         newest = choose_newest(folders, lambda path: _verified(path, subcommand, guard), guard.strict)
         if newest is not None:
@@ -222,7 +222,7 @@ class EnStackCLI(LightningCLI):
             raise CheckpointError("no --ckpt_path is given, and with pretrained: false the weights would be random")
         if config.data.tokenizer is None and config.model.pretrained:
             config.data.tokenizer = config.model.model_name_or_path
-        for name in _CHECKPOINTS:
+        for name in CHECKPOINT_CALLBACKS:
             if config[name].dirpath is None:
                 config[name].dirpath = _folder_of_run(config)
 

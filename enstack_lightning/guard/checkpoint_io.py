@@ -22,9 +22,9 @@ from enstack_lightning.guard.background import BackgroundSaves, Snapshot, Snapsh
 from enstack_lightning.guard.comparing import first_difference
 from enstack_lightning.guard.flavor import (
     CheckpointIO,
+    checkpoint_dirpaths,
     is_a,
     is_just,
-    is_model_checkpoint,
     rank_zero_info,
     rank_zero_warn,
 )
@@ -338,9 +338,8 @@ def guard_checkpoint_io(
 
 def remove_all_leftovers(trainer: Trainer, guarded: GuardedCheckpointIO) -> None:
     """Removes what killed saves have left in the folders that the Trainer's callbacks save to; on rank 0."""
-    for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
-        folder = local_path(callback.dirpath) if is_model_checkpoint(callback) and callback.dirpath else None
-        if folder is not None:
+    for dirpath in checkpoint_dirpaths(trainer) if trainer.is_global_zero else ():
+        if (folder := local_path(dirpath)) is not None:
             guarded.remove_leftovers(folder)
 
 

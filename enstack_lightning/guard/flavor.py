@@ -22,6 +22,7 @@ __all__ = [
     "Callback",
     "CheckpointIO",
     "ModelCheckpoint",
+    "checkpoint_dirpaths",
     "is_a",
     "is_just",
     "is_model_checkpoint",
@@ -70,6 +71,12 @@ def is_just(thing: object, name: str) -> bool:
 def is_model_checkpoint(callback: object) -> TypeGuard[ModelCheckpoint]:
     """Whether a callback is a `ModelCheckpoint`."""
     return is_a(callback, "ModelCheckpoint")
+
+
+def checkpoint_dirpaths(trainer: Any) -> list[str]:
+    """The folders, or URLs of folders, that a Trainer's `ModelCheckpoint` callbacks save to; each once."""
+    callbacks = (callback for callback in trainer.checkpoint_callbacks if is_model_checkpoint(callback))
+    return list(dict.fromkeys(str(callback.dirpath) for callback in callbacks if callback.dirpath))
 
 
 def lightning_base(thing: object, name: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from enstack_lightning.checkpoint import find_last_good
-from enstack_lightning.guard.flavor import is_model_checkpoint
+from enstack_lightning.guard.flavor import checkpoint_dirpaths
 from enstack_lightning.guard.saving import local_path
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def doubts(trainer: Trainer) -> list[str]:
 
 def _folders(trainer: Trainer) -> list[Path]:
     """The folders on disk that the run saves to."""
-    dirpaths = [c.dirpath for c in trainer.checkpoint_callbacks if is_model_checkpoint(c) and c.dirpath]
-    return [folder for dirpath in dict.fromkeys(dirpaths) if (folder := local_path(dirpath)) is not None]
+    return [folder for dirpath in checkpoint_dirpaths(trainer) if (folder := local_path(dirpath)) is not None]
 
 
 def _leads_nowhere(path: Path) -> bool:

@@ -33,6 +33,7 @@ from enstack_lightning.checkpoint.ledger_file import (
     Loader,
 )
 from enstack_lightning.guard.flavor import FITTING, Callback, rank_zero_warn
+from enstack_lightning.guard.saving import sync_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -269,7 +270,8 @@ class _LedgerFile:
                 self._path = self._path.with_name(f"{self._path.stem}-{header.id}{SUFFIX}")
             self._fd = os.open(self._path, flags, 0o666)
             self.append(self.encoder.begin(header))
-            _sync_folder(folder)
+            with contextlib.suppress(OSError):
+                sync_folder(folder)
         except OSError as e:
             self._give_up(e)
 
@@ -323,15 +325,6 @@ class _LedgerFile:
 def _next_start(folder: Path) -> int:
     found = (re.match(r"start-(\d+)-", path.name) for path in folder.glob(f"*{SUFFIX}"))
     return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def loader_facts(trainer: Trainer) -> Loader:

@@ -237,10 +237,7 @@ def learning_rates(trainer: Trainer) -> tuple[float, ...]:
 
 def most_steps(trainer: Trainer) -> int:
     """The most steps that any parameter of any optimizer has made, of optimizers that count them; else 0."""
-    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
-    return max(
-        (int(_scalar(step) or 0) for state in states if isinstance(step := state.get("step"), torch.Tensor)), default=0
-    )
+    return max((optimizer_of(o.state_dict(), _scalar).most_steps or 0 for o in trainer.optimizers), default=0)
 
 
 def _counters(trainer: Trainer) -> dict[str, Any]:

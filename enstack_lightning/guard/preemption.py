@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from enstack_lightning.guard.flavor import Callback, is_a, is_model_checkpoint, lightning_base, rank_zero_info
+from enstack_lightning.guard.flavor import (
+    Callback,
+    checkpoint_dirpaths,
+    is_a,
+    is_model_checkpoint,
+    lightning_base,
+    rank_zero_info,
+)
 from enstack_lightning.guard.recovery import RECOVERY_NAME, RecoveryCheckpoint
 from enstack_lightning.guard.resume_state import capture_resume_state
 
@@ -274,8 +281,7 @@ def _folder(trainer: Trainer) -> str | None:
     """Where the run's checkpoints stand; None where it saves none."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if is_model_checkpoint(c) and c.dirpath]
-    return str(folders[0]).rstrip("/") if folders else None
+    return next((dirpath.rstrip("/") for dirpath in checkpoint_dirpaths(trainer)), None)
 
 
 def _validation_is_due(trainer: Trainer) -> bool:

@@ -17,6 +17,7 @@ from enstack_lightning.guard.epoch_state import capture_epoch_state
 from enstack_lightning.guard.flavor import FITTING, is_a
 from enstack_lightning.guard.loader_position import capture_generators, loader_states
 from enstack_lightning.guard.part_gradients import capture_gradients, inside_a_window
+from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.rng import capture_random_state
 
 if TYPE_CHECKING:
@@ -114,12 +115,9 @@ def _has_lasting_workers(loader: Any) -> bool:
 
 
 def _of_all_ranks(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    alone = trainer.world_size == 1 or not torch.distributed.is_initialized()
-    if alone or trainer.lightning_module._current_fx_name == "on_exception":
+    if trainer.world_size == 1 or not torch.distributed.is_initialized() or after_exception(trainer):
         return [mine]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, _packed(mine))
-    return [_unpacked(state) for state in gathered]
+    return [_unpacked(state) for state in gathered(_packed(mine))]
 
 
 @dataclass(frozen=True)

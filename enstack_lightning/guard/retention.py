@@ -9,16 +9,14 @@ import dataclasses
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, report_on, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, SET_ASIDE_SUFFIXES
 from enstack_lightning.guard.saving import same_file
-
-Judge = Callable[[str, Options], Report]
 
 RESUMABLE, USABLE, BAD = 2, 1, 0
 """A checkpoint that training can resume from, one for inference only, one that does not verify."""
@@ -36,12 +34,10 @@ class Retention:
 
     Args:
         options: how checkpoints are judged, quickly.
-        judge: verifies a path.
     """
 
-    def __init__(self, options: Options, judge: Judge = verify_checkpoint) -> None:
+    def __init__(self, options: Options) -> None:
         self._options = options
-        self._judge = judge
         self._levels: dict[str, tuple[object, Level]] = {}
         self._kept: dict[str, None] = {}
         self._announced: Counter[str] = Counter()
@@ -85,19 +81,20 @@ class Retention:
 
     def level(self, path: str) -> tuple[Level, Report]:
         """How good the checkpoint at `path` is, and the report that says why."""
-        report = self._judge(path, self._options)
+        report = verify_checkpoint(path, self._options)
         steps = report.facts.progress.global_step
         steps = -1 if steps is None else steps
         if path.endswith(NONFINITE_SUFFIX):
             return Level(BAD, steps), report
         if report.verdict is not Verdict.FAIL and report.resume is not None and report.resume.kind != "not-resumable":
             return Level(RESUMABLE, steps), report
-        for_inference = self._judge(path, dataclasses.replace(self._options, purpose="inference"))
+        inference = dataclasses.replace(self._options, purpose="inference")
+        for_inference = report_on(lambda: report.facts, path, inference)
         return Level(BAD if for_inference.verdict is Verdict.FAIL else USABLE, steps), report
 
     def report(self, path: str, deep: bool) -> Report:
         """What verifying the checkpoint at `path` finds."""
-        return self._judge(path, dataclasses.replace(self._options, deep=deep))
+        return verify_checkpoint(path, dataclasses.replace(self._options, deep=deep))
 
     def saved(self, path: str, level: Level) -> list[str]:
         """Remembers that a checkpoint of this level was just saved at `path`.

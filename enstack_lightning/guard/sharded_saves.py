@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from enstack_lightning.checkpoint.manifest import ManifestEntry, digest_files, manifest_path
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.flavor import is_a, lightning_base, rank_zero_warn
+from enstack_lightning.guard.ranks import gathered
 from enstack_lightning.guard.saving import digest_on_disk, local_path, staging, sync
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class _Together:
                 raise
             cause = e
         try:
-            of_all = _gathered((result, failures))
+            of_all = gathered((result, failures))
         except RuntimeError as e:
             raise CheckpointSaveError(self.explain("another rank has ended or does not answer")) from cause or e
         failed = {rank: failure for _, of_rank in of_all for rank, failure in of_rank.items()}
@@ -182,15 +181,6 @@ def _why(e: BaseException) -> tuple[str, int | None]:
     if isinstance(e, OSError) and e.strerror:
         return f"{e.strerror} (errno {e.errno})", e.errno
     return (str(e).strip().splitlines() or [type(e).__name__])[0], getattr(e, "errno", None)
-
-
-def _gathered(mine: T) -> list[T]:
-    """What every rank gives, in the order of ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    of_all: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_all, mine)
-    return of_all
 
 
 def _rank_of(name: str) -> int:
