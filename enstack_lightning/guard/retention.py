@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, report_on, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, SET_ASIDE_SUFFIXES
 from enstack_lightning.guard.saving import same_file
@@ -88,8 +88,8 @@ class Retention:
             return Level(BAD, steps), report
         if report.verdict is not Verdict.FAIL and report.resume is not None and report.resume.kind != "not-resumable":
             return Level(RESUMABLE, steps), report
-        inference = dataclasses.replace(self._options, purpose="inference")
-        for_inference = report_on(lambda: report.facts, path, inference)
+        # Read anew, not judged anew: what the system would not open a moment ago may be a good checkpoint.
+        for_inference = verify_checkpoint(path, dataclasses.replace(self._options, purpose="inference"))
         return Level(BAD if for_inference.verdict is Verdict.FAIL else USABLE, steps), report
 
     def report(self, path: str, deep: bool) -> Report:
