@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from enstack_lightning.guard.lost_loops import Counters, loops_with
+from enstack_lightning.guard.loading.lost_loops import Counters, loops_with
 
 
 def loops_at_epoch_end(

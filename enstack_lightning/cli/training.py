@@ -35,9 +35,9 @@ from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
-from enstack_lightning.guard.choice import Fallback, choose, choose_newest
 from enstack_lightning.guard.ledger import SampleLedger
-from enstack_lightning.guard.repair import awaiting_repair
+from enstack_lightning.guard.loading.choice import Fallback, choose, choose_newest
+from enstack_lightning.guard.loading.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42

@@ -17,12 +17,7 @@ from enstack_lightning.checkpoint import (
 )
 from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
-from enstack_lightning.guard.choice import Fallback, choose, refusal, set_aside, what_it_costs
-from enstack_lightning.guard.exactness import lost_guarantees
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
-from enstack_lightning.guard.fresh_start import doubts, earlier_run
-from enstack_lightning.guard.health import Health
 from enstack_lightning.guard.live import (
     Configured,
     configured,
@@ -35,12 +30,8 @@ from enstack_lightning.guard.live import (
     trainer_facts,
     versions,
 )
-from enstack_lightning.guard.loader_position import (
-    keep_random_state_of_workers,
-    restore_loader_position,
-    stop_keeping_random_state_of_workers,
-)
-from enstack_lightning.guard.loading import (
+from enstack_lightning.guard.loading.choice import Fallback, choose, refusal, set_aside, what_it_costs
+from enstack_lightning.guard.loading.decision import (
     Decision,
     check_form,
     guard_loading,
@@ -48,9 +39,9 @@ from enstack_lightning.guard.loading import (
     reads_formats_of_its_own,
     stop_guarding_loading,
 )
-from enstack_lightning.guard.nonfinite import OnNonfinite
-from enstack_lightning.guard.renamed import forget_renamed
-from enstack_lightning.guard.repair import (
+from enstack_lightning.guard.loading.fresh_start import doubts, earlier_run
+from enstack_lightning.guard.loading.renamed import forget_renamed
+from enstack_lightning.guard.loading.repair import (
     Repair,
     as_repaired,
     awaiting_repair,
@@ -58,10 +49,19 @@ from enstack_lightning.guard.repair import (
     repair_checkpoint,
     repair_trainer,
 )
-from enstack_lightning.guard.restart import ExactRestart, exact_restart
-from enstack_lightning.guard.resume_report import log_scalars, resume_lines, resume_scalars
-from enstack_lightning.guard.resume_state import capture_resume_state
-from enstack_lightning.guard.uncounted import uncounted_steps
+from enstack_lightning.guard.loading.resume_report import log_scalars, resume_lines, resume_scalars
+from enstack_lightning.guard.restart.exactness import lost_guarantees
+from enstack_lightning.guard.restart.loader_position import (
+    keep_random_state_of_workers,
+    restore_loader_position,
+    stop_keeping_random_state_of_workers,
+)
+from enstack_lightning.guard.restart.loops import ExactRestart, exact_restart
+from enstack_lightning.guard.restart.resume_state import capture_resume_state
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
+from enstack_lightning.guard.training.health import Health
+from enstack_lightning.guard.training.nonfinite import OnNonfinite
+from enstack_lightning.guard.training.uncounted import uncounted_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

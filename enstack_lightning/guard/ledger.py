@@ -33,7 +33,7 @@ from enstack_lightning.checkpoint.ledger_file import (
     Loader,
 )
 from enstack_lightning.guard.flavor import FITTING, Callback, rank_zero_warn
-from enstack_lightning.guard.saving import sync_folder
+from enstack_lightning.guard.saving.atomic import sync_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

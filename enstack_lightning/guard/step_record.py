@@ -17,7 +17,7 @@ from blake3 import blake3
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import Callback, join_imported_flavors
 from enstack_lightning.guard.live import learning_rates
-from enstack_lightning.guard.rng import capture_random_state
+from enstack_lightning.guard.restart.rng import capture_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

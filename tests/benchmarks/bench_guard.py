@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from enstack_lightning.checkpoint import Options
-from enstack_lightning.guard.checkpoint_io import guard_checkpoint_io
+from enstack_lightning.guard.saving.checkpoint_io import guard_checkpoint_io
 
 Save = Callable[[dict[str, Any], Path], object]
 

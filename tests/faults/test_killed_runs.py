@@ -32,7 +32,7 @@ from enstack_lightning.checkpoint import Options, Verdict, find_checkpoints, ver
 from enstack_lightning.checkpoint.ledger import read_ledger
 from enstack_lightning.cli.main import main
 from enstack_lightning.cli.resume_check import Line, first_difference
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.step_record import StepRecord, digest_of
 
 EPOCHS, BATCHES = 3, 6

@@ -28,8 +28,8 @@ from torch import Tensor
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Options, Severity, Verdict, find_checkpoints, find_last_good, verify_checkpoint
 from enstack_lightning.checkpoint.manifest import manifest_path
-from enstack_lightning.guard.background import Snapshot
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving.background import Snapshot
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 DIGESTS = Options(digests=True)
 EPOCHS = 2

@@ -19,7 +19,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy
 
 from enstack_lightning import CheckpointGuard
-from enstack_lightning.guard import preemption
+from enstack_lightning.guard.training import preemption
 
 SIGNAL_AFTER = 20
 preemption._AGREE_SECONDS = 0.1

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import filesystem
 from two_ranks import Module, strategy_of
 
 from enstack_lightning import CheckpointGuard
-from enstack_lightning.guard import sharded_saves
+from enstack_lightning.guard.saving import sharded
 
 LIMIT_BYTES = 300
 
@@ -46,7 +46,7 @@ def full_disk() -> Iterator[None]:
 
 def happening(case: str, rank: int, trainer: Trainer) -> Any:
     """What happens to this rank meanwhile."""
-    write_item, digest_files, is_dir = filesystem._write_item, sharded_saves.digest_files, Path.is_dir
+    write_item, digest_files, is_dir = filesystem._write_item, sharded.digest_files, Path.is_dir
     connector = trainer._checkpoint_connector
     dump = connector.dump_checkpoint
 
@@ -67,7 +67,7 @@ def happening(case: str, rank: int, trainer: Trainer) -> Any:
     if case == f"kill {rank}":
         return patch.object(filesystem, "_write_item", killed)
     if case == "flip" and rank == 1:
-        return patch.object(sharded_saves, "digest_files", flipped)
+        return patch.object(sharded, "digest_files", flipped)
     if case == "spoiled":
         spoiled = lambda *args: {**dump(*args), "state_dict": {}, "optimizer_states": []}  # noqa: E731
         return patch.object(connector, "dump_checkpoint", spoiled)

@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor
 
 from enstack_lightning import CheckpointGuard
-from enstack_lightning.guard.background import SnapshotMemory
-from enstack_lightning.guard.comparing import first_difference
+from enstack_lightning.guard.saving.background import SnapshotMemory
+from enstack_lightning.guard.saving.comparing import first_difference
 
 WIDE = 1500
 

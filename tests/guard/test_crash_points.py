@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Options, find_last_good
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 
 def guarded() -> GuardedCheckpointIO:

@@ -28,7 +28,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
 from enstack_lightning.checkpoint import Options
 from enstack_lightning.guard.everywhere import callbacks
-from enstack_lightning.guard.retention import Retention
+from enstack_lightning.guard.saving.retention import Retention
 
 GROUPS = ["lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory"]
 
@@ -285,7 +285,7 @@ def test_the_guard_imports_lightning_in_one_place() -> None:
 
     import enstack_lightning.guard
 
-    for source in sorted(Path(enstack_lightning.guard.__file__).parent.glob("*.py")):
+    for source in sorted(Path(enstack_lightning.guard.__file__).parent.rglob("*.py")):
         tree = ast.parse(source.read_text())
         for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
         excused = {id(inner) for block in for_types for inner in ast.walk(block)}

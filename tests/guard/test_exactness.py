@@ -15,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.data.loaders import TrainingSampler
-from enstack_lightning.guard.exactness import of_device
+from enstack_lightning.guard.restart.exactness import of_device
 
 
 class OtherBatches(TinyModule):

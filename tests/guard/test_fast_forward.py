@@ -28,8 +28,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from enstack_lightning.guard import fast_forward as module
-from enstack_lightning.guard.fast_forward import CannotForwardError, at_its_position, fast_forward, position_of
+from enstack_lightning.guard.loading import fast_forward as module
+from enstack_lightning.guard.loading.fast_forward import CannotForwardError, at_its_position, fast_forward, position_of
 
 Make = Callable[[Optimizer], Any]
 

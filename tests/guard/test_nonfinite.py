@@ -21,9 +21,9 @@ from enstack_lightning import CheckpointGuard, CheckpointGuardError, RecoveryChe
 from enstack_lightning.checkpoint import find_checkpoints, find_last_good
 from enstack_lightning.checkpoint.verify import verify_checkpoint
 from enstack_lightning.errors import CheckpointError
-from enstack_lightning.guard import nonfinite
-from enstack_lightning.guard.choice import choose_newest
-from enstack_lightning.guard.nonfinite import NonfiniteWatch, nonfinite_among
+from enstack_lightning.guard.loading.choice import choose_newest
+from enstack_lightning.guard.training import nonfinite
+from enstack_lightning.guard.training.nonfinite import NonfiniteWatch, nonfinite_among
 
 NAN, INF = float("nan"), float("inf")
 

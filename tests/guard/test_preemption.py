@@ -27,7 +27,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
-from enstack_lightning.guard.choice import choose_newest
+from enstack_lightning.guard.loading.choice import choose_newest
 
 SCRIPT = Path(__file__).with_name("preempted_ranks.py")
 RECOVERY = "recovery_checkpoint.ckpt"

@@ -28,11 +28,11 @@ from enstack_lightning import CheckpointGuard, CheckpointGuardError, RecoveryChe
 from enstack_lightning.checkpoint import Options, Verdict, find_last_good, verify_checkpoint
 from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.errors import CheckpointSaveError
-from enstack_lightning.guard import saving
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
-from enstack_lightning.guard.comparing import first_difference
-from enstack_lightning.guard.retention import RESUMABLE, Level, Retention
-from enstack_lightning.guard.saving import is_device, remove_leftovers, staging
+from enstack_lightning.guard.saving import atomic
+from enstack_lightning.guard.saving.atomic import is_device, remove_leftovers, staging
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving.comparing import first_difference
+from enstack_lightning.guard.saving.retention import RESUMABLE, Level, Retention
 
 DIGESTS = Options(digests=True)
 
@@ -311,7 +311,7 @@ class Folders(CheckpointIO):
 @pytest.mark.filterwarnings("ignore:CheckpointGuard. .* a resume from it would be refused")
 def test_a_checkpoint_io_that_writes_folders(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(saving, "_exchange_names", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
     trainer = fit(tmp_path, max_epochs=1, plugins=[Folders()])
     for _ in range(2):
         trainer.save_checkpoint(tmp_path / "c")
@@ -425,14 +425,14 @@ def test_verify_after_save_finds_what_the_disk_changed(tmp_path: Path, monkeypat
     trainer = fit(tmp_path, guard=CheckpointGuard(verify_after_save=True), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "c.ckpt")
     before = (tmp_path / "c.ckpt").read_bytes()
-    finish = saving.DurableFile.finish
+    finish = atomic.DurableFile.finish
 
-    def flipping(file: saving.DurableFile) -> Any:
+    def flipping(file: atomic.DurableFile) -> Any:
         written = finish(file)
         flip_bit(file.path, 7_000)
         return written
 
-    monkeypatch.setattr(saving.DurableFile, "finish", flipping)
+    monkeypatch.setattr(atomic.DurableFile, "finish", flipping)
     with pytest.raises(CheckpointSaveError, match=r"c\.ckpt was not saved: what was read back differs .*untouched"):
         trainer.save_checkpoint(tmp_path / "c.ckpt")
     assert (tmp_path / "c.ckpt").read_bytes() == before
@@ -621,9 +621,9 @@ def test_nothing_that_another_process_writes_is_removed(tmp_path: Path) -> None:
 
 def test_what_another_host_has_left_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = left_behind(tmp_path)
-    monkeypatch.setattr(saving, "_HOST", "00000000")
+    monkeypatch.setattr(atomic, "_HOST", "00000000")
     assert remove_leftovers(tmp_path) == []
-    old = left.stat().st_mtime - saving.LEFTOVER_SECONDS - 10
+    old = left.stat().st_mtime - atomic.LEFTOVER_SECONDS - 10
     for path in (left / "c.ckpt", left):
         os.utime(path, (old, old))
     assert remove_leftovers(tmp_path) == [left]

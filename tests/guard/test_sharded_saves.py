@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from enstack_lightning.checkpoint import Options, Report, verify_checkpoint
-from enstack_lightning.guard import saving
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving import atomic
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 SCRIPT = Path(__file__).with_name("sharded_saves.py")
 UNTOUCHED = "The checkpoint that stood there before is untouched."
@@ -82,7 +82,7 @@ def test_rank_zero_killed_while_it_writes(tmp_path: Path) -> None:
     (of_the_living,) = what_came_of(tmp_path, "kill 0")["kill 0"]
     assert of_the_living.startswith("CheckpointSaveError None: ")
     assert is_whole(tmp_path / "kill 0")
-    assert len(saving.remove_leftovers(tmp_path / "kill 0")) == 1
+    assert len(atomic.remove_leftovers(tmp_path / "kill 0")) == 1
     assert [path.name for path in (tmp_path / "kill 0").iterdir()] == ["c.ckpt"]
 
 

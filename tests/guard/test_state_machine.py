@@ -29,8 +29,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from enstack_lightning.checkpoint import Options, Verdict, find_last_good, verify_checkpoint
 from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError, CheckpointSaveError
-from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
-from enstack_lightning.guard.choice import choose, choose_newest, set_aside
+from enstack_lightning.guard.loading.choice import choose, choose_newest, set_aside
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 OPTIONS = Options(digests=True)
 CALLS = st.one_of(st.integers(0, 64), st.integers(60, 88), st.integers(84, 120))

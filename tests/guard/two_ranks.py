@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from enstack_lightning import CheckpointGuard
-from enstack_lightning.guard import loading
+from enstack_lightning.guard.loading import decision
 
 
 class Module(LightningModule):
@@ -68,9 +68,9 @@ def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: 
         callbacks=[*([Loses()] if rank_1 == "loses its optimizer" else []), save, guard],
         **quiet,
     )
-    contents = loading.contents
+    contents = decision.contents
     if trainer.global_rank == 1 and rank_1 == "sees nothing":
-        loading.contents = lambda p: contents(f"{p}.nowhere" if p else p)
+        decision.contents = lambda p: contents(f"{p}.nowhere" if p else p)
     elif trainer.global_rank == 1 and rank_1 == "finds nothing":
         path = None
     try:
@@ -79,7 +79,7 @@ def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: 
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     finally:
-        loading.contents = contents
+        decision.contents = contents
 
 
 if __name__ == "__main__":

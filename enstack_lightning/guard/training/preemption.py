@@ -24,7 +24,7 @@ from enstack_lightning.guard.flavor import (
     rank_zero_info,
 )
 from enstack_lightning.guard.recovery import RECOVERY_NAME, RecoveryCheckpoint
-from enstack_lightning.guard.resume_state import capture_resume_state
+from enstack_lightning.guard.restart.resume_state import capture_resume_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

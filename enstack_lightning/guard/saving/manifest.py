@@ -15,7 +15,7 @@ from enstack_lightning.checkpoint.manifest import ManifestEntry, manifest_path, 
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.flavor import rank_zero_warn
 from enstack_lightning.guard.live import versions
-from enstack_lightning.guard.saving import sync_folder, write_durably
+from enstack_lightning.guard.saving.atomic import sync_folder, write_durably
 
 
 def write_save_manifest(target: Path, checkpoint: Mapping[str, Any], entries: Sequence[ManifestEntry] | None) -> None:

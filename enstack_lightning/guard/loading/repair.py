@@ -23,14 +23,14 @@ import torch
 from enstack_lightning.checkpoint import Facts, Finding, Format, Report, Severity
 from enstack_lightning.checkpoint.schedule import same_rate
 from enstack_lightning.checkpoint.wording import many
-from enstack_lightning.guard.fast_forward import (
+from enstack_lightning.guard.loading.fast_forward import (
     CannotForwardError,
     Forwarded,
     at_its_position,
     fast_forward,
     position_of,
 )
-from enstack_lightning.guard.lost_loops import Counters, loops_with, lost_counters
+from enstack_lightning.guard.loading.lost_loops import Counters, loops_with, lost_counters
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from enstack_lightning.checkpoint import find_last_good
 from enstack_lightning.guard.flavor import checkpoint_dirpaths
-from enstack_lightning.guard.saving import local_path
+from enstack_lightning.guard.saving.atomic import local_path
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

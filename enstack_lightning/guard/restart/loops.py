@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from enstack_lightning.guard.epoch_state import restore_epoch_state
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
-from enstack_lightning.guard.loader_position import begin_epoch_anew, restore_generators
-from enstack_lightning.guard.part_gradients import restore_gradients
-from enstack_lightning.guard.resume_state import running_statistics
-from enstack_lightning.guard.rng import restore_random_state
+from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
+from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
+from enstack_lightning.guard.restart.part_gradients import restore_gradients
+from enstack_lightning.guard.restart.resume_state import running_statistics
+from enstack_lightning.guard.restart.rng import restore_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, SET_ASIDE_SUFFIXES
-from enstack_lightning.guard.saving import same_file
+from enstack_lightning.guard.saving.atomic import same_file
 
 RESUMABLE, USABLE, BAD = 2, 1, 0
 """A checkpoint that training can resume from, one for inference only, one that does not verify."""

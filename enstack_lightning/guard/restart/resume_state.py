@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from enstack_lightning.guard.epoch_state import capture_epoch_state
 from enstack_lightning.guard.flavor import FITTING, is_a
-from enstack_lightning.guard.loader_position import capture_generators, loader_states
-from enstack_lightning.guard.part_gradients import capture_gradients, inside_a_window
 from enstack_lightning.guard.ranks import after_exception, gathered
-from enstack_lightning.guard.rng import capture_random_state
+from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
+from enstack_lightning.guard.restart.loader_position import capture_generators, loader_states
+from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
+from enstack_lightning.guard.restart.rng import capture_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

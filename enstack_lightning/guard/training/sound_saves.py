@@ -18,8 +18,8 @@ from torch import Tensor
 
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX
 from enstack_lightning.guard.flavor import is_model_checkpoint, rank_zero_warn
-from enstack_lightning.guard.nonfinite import listed, nonfinite_among
 from enstack_lightning.guard.ranks import on_any_rank
+from enstack_lightning.guard.training.nonfinite import listed, nonfinite_among
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -18,8 +18,6 @@ from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest import ManifestEntry
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, UNVERIFIED_SUFFIX
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
-from enstack_lightning.guard.background import BackgroundSaves, Snapshot, SnapshotMemory
-from enstack_lightning.guard.comparing import first_difference
 from enstack_lightning.guard.flavor import (
     CheckpointIO,
     checkpoint_dirpaths,
@@ -28,9 +26,7 @@ from enstack_lightning.guard.flavor import (
     rank_zero_info,
     rank_zero_warn,
 )
-from enstack_lightning.guard.retention import BAD, Level, Retention
-from enstack_lightning.guard.save_manifest import remove_manifest, without_manifest, write_save_manifest
-from enstack_lightning.guard.saving import (
+from enstack_lightning.guard.saving.atomic import (
     DurableFile,
     digest_on_disk,
     is_device,
@@ -41,7 +37,11 @@ from enstack_lightning.guard.saving import (
     sync,
     sync_folder,
 )
-from enstack_lightning.guard.sharded_saves import guard_sharded_saves
+from enstack_lightning.guard.saving.background import BackgroundSaves, Snapshot, SnapshotMemory
+from enstack_lightning.guard.saving.comparing import first_difference
+from enstack_lightning.guard.saving.manifest import remove_manifest, without_manifest, write_save_manifest
+from enstack_lightning.guard.saving.retention import BAD, Level, Retention
+from enstack_lightning.guard.saving.sharded import guard_sharded_saves
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from enstack_lightning.errors import CheckpointGuardError
-from enstack_lightning.guard.nonfinite import NonfiniteWatch, OnNonfinite
-from enstack_lightning.guard.preemption import Preemption
-from enstack_lightning.guard.sound_saves import SoundSaves
+from enstack_lightning.guard.training.nonfinite import NonfiniteWatch, OnNonfinite
+from enstack_lightning.guard.training.preemption import Preemption
+from enstack_lightning.guard.training.sound_saves import SoundSaves
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+    from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 
 class Health:

@@ -17,12 +17,12 @@ from enstack_lightning.checkpoint.manifest import ManifestEntry, digest_files, m
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.flavor import is_a, lightning_base, rank_zero_warn
 from enstack_lightning.guard.ranks import gathered
-from enstack_lightning.guard.saving import digest_on_disk, local_path, staging, sync
+from enstack_lightning.guard.saving.atomic import digest_on_disk, local_path, staging, sync
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-    from enstack_lightning.guard.checkpoint_io import GuardedCheckpointIO
+    from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 _RANK = re.compile(r"(?:__|_rank_)(\d+)_")
 """The rank in the name of a shard: `__3_0.distcp`, `zero_pp_rank_3_mp_rank_00_optim_states.pt`."""

@@ -10,7 +10,7 @@ from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
 
 if TYPE_CHECKING:
-    from enstack_lightning.guard.restart import ExactRestart
+    from enstack_lightning.guard.restart.loops import ExactRestart
 
 _LOST = {
     "CK903": "batches have another size; a TrainingSampler gives each row that is left of the epoch once",

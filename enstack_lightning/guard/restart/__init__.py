@@ -1,0 +1,1 @@
+"""What makes a resumed run equal to one that never stopped."""

@@ -1,0 +1,1 @@
+"""A checkpoint on its way to the disk, and those that must stay there."""

@@ -1,0 +1,1 @@
+"""Between the saves: what a training run is watched for."""
