@@ -11,7 +11,7 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -230,17 +230,21 @@ def train(
     callbacks: tuple[Callback, ...] = (),
     saves: tuple[str, ...] | None = (),
     seed: int = 1,
-    guard: bool = True,
+    guard: CheckpointGuard | None | Literal["default"] = "default",
+    kind: type[Recorded] = Recorded,
 ) -> dict[str, Any]:
     """Trains, or goes on from a checkpoint; returns all that was recorded, and where in the record it begins.
 
     Args:
         saves: the checkpoints to make, as `Everywhere` names them; None for all.
+        guard: None for a run without one.
+        kind: the module's class, which is made with what `module` says.
     """
+    guard = CheckpointGuard() if guard == "default" else guard
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(1)
-    trained = Recorded(**module)
+    trained = kind(**module)
     if seed != 1:  # weights of a DDP run's ranks must not depend on it, and everything else may
         torch.manual_seed(seed)
     logger = InMemory()
@@ -256,7 +260,7 @@ def train(
             "default_root_dir": folder,
             **trainer,
         },
-        callbacks=[*([CheckpointGuard()] if guard else []), record, *callbacks, Everywhere(folder, saves)],
+        callbacks=[*([guard] if guard else []), record, *callbacks, Everywhere(folder, saves)],
     )
     run.fit(trained, ckpt_path=path)
     return {

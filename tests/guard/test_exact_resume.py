@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import exact_runs
 import pytest
 import torch
+from builders import edited
 from exact_runs import BATCHES, differences, train
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
@@ -22,6 +25,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     TQDMProgressBar,
 )
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.guard import CheckpointGuard
@@ -71,7 +75,7 @@ def test_saving_and_the_guard_change_nothing(tmp_path: Path) -> None:
     """Else the run compared with would not be the user's."""
     options = {"noise": True, "order": "shuffle"}, {"accumulate_grad_batches": 2, "val_check_interval": 3}
     whole = train(tmp_path, *options, saves=None)
-    alone = train(tmp_path / "alone", *options, guard=False)
+    alone = train(tmp_path / "alone", *options, guard=None)
     alone["begins"] = [0, 0]
     assert differences(alone, {**whole, "begins": [0, 0]}) == []
 
@@ -91,9 +95,65 @@ def test_without_the_guard_the_record_tells_the_difference(tmp_path: Path) -> No
     """That the comparison can fail, and what for."""
     whole = train(tmp_path / "whole", {}, {"accumulate_grad_batches": 2}, saves=("batch-3",))
     path = tmp_path / "whole" / "batch-3.ckpt"
-    found = differences(whole, train(tmp_path / "again", {}, {"accumulate_grad_batches": 2}, path, guard=False))
+    found = differences(whole, train(tmp_path / "again", {}, {"accumulate_grad_batches": 2}, path, guard=None))
     assert any(f.startswith("events") for f in found)
     assert any(f.startswith("weight") for f in found)
+
+
+# Float16 with a gradient scaler
+
+
+class Scale(Callback):
+    """Adds to the record what the gradient scaler holds after each batch, and which steps the optimizer has made."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        scaler = trainer.precision_plugin.scaler
+        made = max((int(state["step"]) for state in trainer.optimizers[0].state.values()), default=0)
+        pl_module.events.append(["scale", scaler.get_scale(), scaler._get_growth_tracker(), made])
+
+
+def fit_float16(folder: Path, accumulate: int, path: Path | None = None, saves: tuple[str, ...] = ()) -> Any:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=3)
+    trainer = {
+        "accumulate_grad_batches": accumulate,
+        "plugins": [MixedPrecision("16-mixed", device="cpu", scaler=scaler)],
+        "gradient_clip_val": 1.0,
+    }
+    guard = CheckpointGuard(on_nonfinite="raise")
+    seed = 1 if path is None else 9
+    return train(folder, {}, trainer, path, callbacks=(Scale(),), saves=saves, seed=seed, guard=guard)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_float16_goes_on_with_its_scale_and_the_steps_that_it_skips(accumulate: int, tmp_path: Path) -> None:
+    names = ("batch-1", "batch-3", LAST, NEXT, "validation-1", "epoch-1")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        whole = fit_float16(tmp_path, accumulate, saves=names)
+        scales = [event[1:] for event in whole["events"] if event[0] == "scale"]
+        assert sum(later[0] < earlier[0] for earlier, later in itertools.pairwise(scales[BATCHES + 2 :])) > 1  # skips
+        assert any(later[0] > earlier[0] for earlier, later in itertools.pairwise(scales))
+        for name in names:
+            again = fit_float16(tmp_path / "again", accumulate, tmp_path / f"{name}.ckpt")
+            assert differences(whole, again) == [], name
+        path = tmp_path / "batch-1.ckpt"
+        for number, name in enumerate(("batch-3", LAST, NEXT)):
+            fit_float16(tmp_path / str(number), accumulate, path, saves=(name,))
+            path = tmp_path / str(number) / f"{name}.ckpt"
+        assert differences(whole, fit_float16(tmp_path / "last", accumulate, path)) == []
+    told = [str(w.message) for w in said if "CheckpointGuard" in str(w.message)]
+    assert [t for t in told if "CK402" not in t] == []  # no state yet, as all steps so far were skipped
+    assert not list(tmp_path.rglob("*.nonfinite"))
+
+
+def test_another_scale_would_be_noticed(tmp_path: Path) -> None:
+    whole = fit_float16(tmp_path, 2, saves=("batch-3",))
+
+    def scaled_otherwise(checkpoint: dict[str, Any]) -> None:
+        checkpoint["MixedPrecision"]["scale"] *= 4
+
+    path = edited(tmp_path / "batch-3.ckpt", tmp_path / "other.ckpt", scaled_otherwise)
+    assert any("scale" in found for found in differences(whole, fit_float16(tmp_path / "again", 2, path)))
 
 
 # Callbacks
