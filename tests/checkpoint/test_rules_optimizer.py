@@ -419,3 +419,74 @@ def test_a_thousand_odd_groups_are_not_all_listed(trained: Path, tmp_path: Path)
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", multiply))
     assert sum(f.code == "CK407" for f in report.findings) == 11
     assert "990 further values" in said(report, "CK407", "error")
+
+
+class EverySecond(Gan):
+    """Under manual optimization its optimizers step every second batch, past Lightning's count if so wished."""
+
+    def __init__(self, counted: bool = True) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, discriminator = self.optimizers(use_pl_optimizer=self.counted)
+        self.manual_backward(self.generator(batch[0]).square().mean())
+        self.manual_backward(self.discriminator(batch[0]).square().mean())
+        if batch_idx % 2:
+            generator.step()
+            generator.zero_grad()
+        discriminator.step()
+        discriminator.zero_grad()
+
+
+class OneEverySecond(EverySecond):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.generator(batch[0]).square().mean())
+        if batch_idx % 2:
+            self.optimizers(use_pl_optimizer=self.counted).step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.generator.parameters(), lr=1e-3)
+
+
+def saved_by(module: nn.Module, file: Path, epochs: int = 2) -> Path:
+    trainer = quiet_trainer(file.parent, max_epochs=epochs)
+    trainer.fit(module)
+    trainer.save_checkpoint(file)
+    return file
+
+
+def steps_set_to(steps: int) -> Edit:
+    def edit(checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint["optimizer_states"][0]["state"].values():
+            state["step"] = torch.tensor(float(steps))
+
+    return edit
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_reset_that_steps_every_second_batch_was_taken_for_one_of_two(tmp_path: Path) -> None:
+    path = saved_by(OneEverySecond(), tmp_path / "last.ckpt")
+    whole = verify_checkpoint(path).facts.progress.optimizer_steps or 0
+    assert whole % 2 == 0
+    for steps, cause in ((whole // 2, "the last 1 epoch and no more"), (1, "looks fresh under an old counter")):
+        report = verify_checkpoint(edited(path, tmp_path / "reset.ckpt", steps_set_to(steps)))
+        assert cause in said(report, "CK401", "warning")
+        assert "missing here" not in said(report, "CK401")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lost_optimizer_of_two_of_which_one_steps_every_second_batch_is_named(tmp_path: Path) -> None:
+    path = saved_by(EverySecond(), tmp_path / "last.ckpt")
+    for lost in (0, 1):
+        report = verify_checkpoint(edited(path, tmp_path / "lost.ckpt", lambda c: c["optimizer_states"].pop(lost)))
+        assert "the state of another optimizer is missing" in said(report, "CK401", "warning")
+        assert "usually harmless" not in said(report, "CK401")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", [EverySecond, OneEverySecond])
+def test_steps_past_lightnings_count_were_called_two_saves(module: Any, tmp_path: Path) -> None:
+    report = verify_checkpoint(saved_by(module(counted=False), tmp_path / "last.ckpt"))
+    assert "use_pl_optimizer=False" in said(report, "CK401", "error")
+    assert "put together" not in said(report, "CK401")

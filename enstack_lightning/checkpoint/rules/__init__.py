@@ -13,6 +13,7 @@ from enstack_lightning.checkpoint.rules import (
     files,
     manifest,
     optimizer,
+    optimizer_steps,
     progress,
     safety,
     scheduler,
@@ -24,7 +25,7 @@ from enstack_lightning.checkpoint.rules.rule import RULES, Finding, Options, Rul
 __all__ = ["RULES", "Finding", "Options", "Rule", "Severity", "judge"]
 
 _FAMILIES = (
-    *(files, state, progress, optimizer, scheduler, weights, safety, manifest),
+    *(files, state, progress, optimizer_steps, optimizer, scheduler, weights, safety, manifest),
     *(drift, drift_of_run, drift_of_states),
 )
 MAX_FINDINGS = 500

@@ -15,7 +15,7 @@ from typing import Any
 
 from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.resume import ResumePlan, plan_resume
-from enstack_lightning.checkpoint.rules.optimizer import scales_losses
+from enstack_lightning.checkpoint.rules.optimizer_steps import scales_losses
 from enstack_lightning.checkpoint.rules.overrides import overridden
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.rules.settings import (

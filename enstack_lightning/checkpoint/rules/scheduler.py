@@ -8,7 +8,7 @@ from itertools import islice
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
-from enstack_lightning.checkpoint.rules.optimizer import expected_steps
+from enstack_lightning.checkpoint.rules.optimizer_steps import expected_steps
 from enstack_lightning.checkpoint.rules.overrides import trains_longer
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.schedule import same_rate

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from enstack_lightning.checkpoint import Facts, Report, Severity
-from enstack_lightning.checkpoint.rules.optimizer import expected_steps
+from enstack_lightning.checkpoint.rules.optimizer_steps import expected_steps
 from enstack_lightning.checkpoint.rules.scheduler import highest_rate
 from enstack_lightning.checkpoint.wording import many
 
