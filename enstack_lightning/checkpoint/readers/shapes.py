@@ -15,8 +15,8 @@ from enstack_lightning.checkpoint.facts import Defect, DefectKind
 _INT64_LIMIT = 2**63
 _COUNTERS = ("ready", "started", "processed", "completed")
 _EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
-_WITHOUT_RATE = ("relative_step", "scale_parameter")
-"""Options of the optimizer that may reckon its own rate, with None in `lr`: transformers' Adafactor."""
+_OF_TORCH = ("amsgrad", "dampening", "differentiable", "foreach", "history_size", "maximize", "ns_steps")
+"""Options that tell torch's own optimizers, which need a rate; others may reckon theirs, with None in `lr`."""
 
 MAX_STATES = 1_000
 """Optimizers, and schedulers, of one checkpoint that are read."""
@@ -92,7 +92,7 @@ def _in_group(group: Mapping[Any, Any], where: str) -> Iterator[str]:
         yield must_be(f"{where}.params", odd[0], "a list of numbers or names")
     for name in ("lr", "initial_lr", "max_lr", "weight_decay"):
         yield from not_a_number(group.get(name), f"{where}.{name}")
-    if "lr" in group and group["lr"] is None and not any(name in group for name in _WITHOUT_RATE):
+    if "lr" in group and group["lr"] is None and any(name in group for name in _OF_TORCH):
         yield must_be(f"{where}.lr", None, "a number")
     betas = group.get("betas", (0.0,))
     if not isinstance(betas, list | tuple) or not betas:

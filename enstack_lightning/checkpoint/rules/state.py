@@ -113,13 +113,29 @@ def optional_field(facts: Facts, options: Options) -> Iterator[Outcome]:
     source="lightning: checkpoint_connector.py, dump_checkpoint",
 )
 def no_weights(facts: Facts, options: Options) -> Iterator[Outcome]:
-    """The checkpoint is readable and holds no weights."""
+    """The checkpoint is readable and holds no weights.
+
+    A module without a parameter has none: worth knowing where the optimizers have no parameter either.
+    """
     if facts.defects or not (facts.fields or facts.tensors):
         return
     if facts.tensors:
         yield passed(f"weights: {many(len(facts.tensors), 'tensor')}")
+    elif _has_nothing_to_train(facts):
+        yield info("no weights, as none of its optimizers has a parameter", hint="Expected of a module without any.")
     elif facts.format is not Format.UNKNOWN and not facts.live:
         yield error("no weights: the checkpoint's state dict has no tensor", hint="Use another checkpoint.")
+
+
+def _has_nothing_to_train(facts: Facts) -> bool:
+    """Whether a whole checkpoint of Lightning says by its optimizers that its module has no parameter.
+
+    `configure_optimizers` returning None leaves one without anything in it, whose steps Lightning counts.
+    """
+    whole = facts.format is Format.LIGHTNING and facts.fields.get("state_dict") in _DICT and not facts.live
+    without = not any(o.parameter_count or o.parameters_with_state for o in facts.optimizers or ())
+    explained = bool(facts.optimizers) or (facts.optimizers is not None and facts.progress.optimizer_steps == 0)
+    return whole and without and explained
 
 
 @rule(
