@@ -230,7 +230,7 @@ def train(
     callbacks: tuple[Callback, ...] = (),
     saves: tuple[str, ...] | None = (),
     seed: int = 1,
-    guard: CheckpointGuard | None | Literal["default"] = "default",
+    guard: CheckpointGuard | Literal["default"] | None = "default",
     kind: type[Recorded] = Recorded,
 ) -> dict[str, Any]:
     """Trains, or goes on from a checkpoint; returns all that was recorded, and where in the record it begins.
