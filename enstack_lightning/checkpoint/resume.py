@@ -30,6 +30,8 @@ class ResumePlan:
         learning_rate: the learning rate of the next step, of the first param group.
         max_epochs: the epochs that the run was set to train; None where it is not known or without limit.
         batches_repeated: batches that are trained a second time, at most; 0 where the loader's position is saved.
+        rate_jumps: whether the scheduler's next step goes over to the schedule of a run of another length, so that
+            `learning_rate` holds until then only.
         first_epoch: the number of the first epoch: 1 in EnStack's and transformers' checkpoints, 0 in Lightning's.
     """
 
@@ -45,6 +47,7 @@ class ResumePlan:
     max_epochs: int | None = None
     batches_repeated: int = 0
     first_epoch: int = 0
+    rate_jumps: bool = False
 
     @property
     def epochs_done(self) -> int:
@@ -87,7 +90,10 @@ class ResumePlan:
 
     @property
     def _rate(self) -> str:
-        return "" if self.learning_rate is None else f"; next LR {self.learning_rate:.2e}"
+        if self.learning_rate is None:
+            return ""
+        then = ", then that of the run's new length" if self.rate_jumps else ""
+        return f"; next LR {self.learning_rate:.2e}{then}"
 
     def _numbered(self, epoch: int) -> str:
         if self.first_epoch == 0:
@@ -143,7 +149,17 @@ def _plan(facts: Facts, kind: ResumeKind, completed: int, done_in_epoch: int) ->
         max_epochs=limit if limit is not None and limit >= 0 else None,
         batches_repeated=_repeated(facts, done_in_epoch),
         first_epoch=first,
+        rate_jumps=_rate_jumps(facts),
     )
+
+
+def _rate_jumps(facts: Facts) -> bool:
+    """Whether the run has another length than when it saved, and a schedule whose function is not in the checkpoint."""
+    if facts.saved is None or not any(s.kind is None for s in facts.schedulers or ()):
+        return False
+    then, now = facts.saved.run, facts.run
+    lengths = ((then.max_epochs, now.max_epochs), (then.max_steps, now.max_steps))
+    return any((old or 0) > 0 and (new or 0) > 0 and old != new for old, new in lengths)
 
 
 def _epoch(facts: Facts, completed: int, done_in_epoch: int) -> int | None:

@@ -145,7 +145,7 @@ def _plan(facts: Facts, options: Options | None) -> ResumePlan | None:
         to_come = settings_of_config(options.run_config)
         if to_come.max_epochs is not None or to_come.max_steps is not None:
             run = dataclasses.replace(facts.run, max_epochs=to_come.max_epochs, max_steps=to_come.max_steps)
-            facts = dataclasses.replace(facts, run=run)
+            facts = dataclasses.replace(facts, run=run, saved=facts)
     return plan_resume(facts)
 
 

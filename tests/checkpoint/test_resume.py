@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import TinyModule, enstack_folder, every_step, quiet_trainer
 from genuine import huggingface_trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -280,3 +281,35 @@ def test_a_longer_run_to_come_is_planned_for(tmp_path: Path) -> None:
         "end of epoch 1 (2 of 5 epochs done)",
         "end of epoch 1 (2 epochs done)",
     ]
+
+
+class Rates(Callback):
+    """Keeps the rate of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_next_rate_of_a_longer_run_and_the_finding_on_its_jump_contradicted_each_other(tmp_path: Path) -> None:
+    module, path = TinyModule(asks_for_total=True), tmp_path / "ended.ckpt"
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2)
+    trainer.fit(module)
+    trainer.save_checkpoint(path)
+    report = verify_checkpoint(path, Options(run_config={"trainer": {"max_epochs": 4}}))
+    guard, rates = CheckpointGuard(), Rates()
+    quiet_trainer(tmp_path, guard, rates, max_epochs=4).fit(TinyModule(asks_for_total=True), ckpt_path=path)
+    assert guard.report is not None
+    for said in (report, guard.report):
+        assert said.resume is not None
+        assert said.resume.learning_rate == rates.seen[0]
+        assert said.resume.sentence.endswith("next LR 9.09e-04, then that of the run's new length")
+        message = next(f.message for f in said.findings if f.code == "CK907" and f.severity == "info")
+        assert message.endswith("the next rate is the saved one, and the rate jumps after it")
+    assert rates.seen[1] > 4 * rates.seen[0]
+    same_length = verify_checkpoint(path, Options(run_config={"trainer": {"max_epochs": 2}})).resume
+    assert same_length is not None
+    assert not same_length.rate_jumps

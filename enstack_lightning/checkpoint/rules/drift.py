@@ -316,7 +316,7 @@ def drift_of_schedule(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     Restoring an optimizer overwrites the groups' learning rate and weight decay, and restoring a scheduler its base
     rates: the new values are ignored without a word. A `LambdaLR` does not keep its function, so that the new run's
-    warm-up, shape and length hold from the next step on, and the rate jumps; all other schedules keep the old.
+    warm-up, shape and length hold from its next step on, and the rate jumps there; all other schedules keep the old.
 
     In a live run every option that its param groups and schedulers were made with is compared with what they were
     restored to, and with what `CheckpointGuard` recorded of the run that saved. A schedule of another length in a run
@@ -343,7 +343,7 @@ def _given_anew(before: Settings, now: Settings, saved: Facts) -> Iterator[Outco
             hint = "Keep the old value, or begin a new run from the checkpoint's weights."
         else:
             effect = _on_the_schedule(saved)
-            hint = "Keep the old schedule, or expect another rate from the next step on."
+            hint = "Keep the old schedule, or expect another rate from the scheduler's next step on."
         yield warning(f"{change}: {effect}", f"model.{name}", hint)
 
 
@@ -359,7 +359,7 @@ def _other_length(before: Settings, now: Settings, saved: Facts) -> Iterator[Out
 def _on_the_schedule(facts: Facts) -> str:
     kinds = [s.kind for s in facts.schedulers or ()]
     if None in kinds:
-        return "a schedule of a function takes that over, and the rate jumps at its next step"
+        return "a schedule of a function takes that over: the next rate is the saved one, and the rate jumps after it"
     return f"the restored {kinds[0]} keeps its old course" if kinds else "the checkpoint has no schedule"
 
 

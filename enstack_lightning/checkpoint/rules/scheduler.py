@@ -24,6 +24,7 @@ _COMES_BACK = {
     "CosineAnnealingLR": "the rate rises again after it",
     "PolynomialLR": "the rate stays at 0 after it",
 }
+_SAVED_FIRST = "the next rate is the saved one, and the rate jumps after it."
 _DISAGREES = (
     "Expected if a callback or optimizer_step sets the rate by hand; else use a checkpoint in which both agree: the "
     "scheduler goes on from one of them at its next step. CheckpointGuard(repair=True) sets the rate to the schedule's."
@@ -271,7 +272,7 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
                     f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where a schedule of this "
                     f"run's length gives {off[1]:.6e}",
                     "scheduler",
-                    "Expected where the run's length was changed on purpose: the rate jumps there at the next step.",
+                    f"Expected where the run's length was changed on purpose: {_SAVED_FIRST}",
                 )
                 continue
             if off is not None:
@@ -279,7 +280,7 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
                     f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where this run's schedule "
                     f"gives {off[1]:.6e}",
                     "scheduler",
-                    "The schedule's length or base rate changed since the save: the rate will jump at the next step.",
+                    f"The schedule's length or base rate changed since the save: {_SAVED_FIRST}",
                 )
                 continue
             yield passed(_on_schedule(scheduler))
