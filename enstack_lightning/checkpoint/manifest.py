@@ -147,14 +147,16 @@ def write_manifest(
     return target
 
 
-def digest_files(path: str | os.PathLike[str], wanted: Callable[[str], bool]) -> tuple[ManifestEntry, ...]:
+def digest_files(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool], progress: Progress | None = None
+) -> tuple[ManifestEntry, ...]:
     """Size and digest of those files of a checkpoint whose names, as a manifest has them, are wanted.
 
     Raises:
         CheckpointError: as `write_manifest`.
     """
     try:
-        return _digests(_writable_location(path), None, wanted)
+        return _digests(_writable_location(path), progress, wanted)
     except _UnfitError as e:
         raise CheckpointError(f"{path} cannot be digested: {e}") from e
     except OSError as e:

@@ -7,14 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import edited, enstack_folder, truncate
 from safetensors.torch import save_file
 
-from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.manifest import manifest_path
+from enstack_lightning.cli.main import main
 
 
 def enstack(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -83,3 +85,49 @@ def test_folders_and_models_alone_get_theirs(tmp_path: Path) -> None:
 
 def test_a_call_without_a_path_is_wrong() -> None:
     assert enstack("manifest").returncode == 2
+
+
+def test_a_checkpoint_replaced_after_its_verification_got_a_manifest(
+    good: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify_and_lose_the_race(path: str, *arguments: Any) -> Report:
+        report = verify_checkpoint(path, *arguments)
+        other = Path(shutil.copy(trained / "step=3.ckpt", good.with_name("other")))
+        other.replace(good)
+        return report
+
+    monkeypatch.setattr("enstack_lightning.cli.manifest.verify_checkpoint", verify_and_lose_the_race)
+    assert main(["manifest", str(good)]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert (
+        said.err == f"enstack manifest: {good} gets no manifest: good.ckpt changed after it was verified; try again\n"
+    )
+    assert not manifest_path(good).exists()
+
+
+def test_a_file_that_joined_a_folder_after_its_verification_was_sealed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = enstack_folder(tmp_path / "best")
+
+    def verify_and_lose_the_race(path: str, *arguments: Any) -> Report:
+        report = verify_checkpoint(path, *arguments)
+        (folder / "tokenizer.json").write_text("{}")
+        return report
+
+    assert main(["manifest", str(folder)]) == 0, "a manifest that is there already is no change"
+    monkeypatch.setattr("enstack_lightning.cli.manifest.verify_checkpoint", verify_and_lose_the_race)
+    assert main(["manifest", str(folder)]) == 1
+    assert "tokenizer.json changed after it was verified" in capsys.readouterr().err
+
+
+def test_control_characters_in_a_name_reached_the_terminal(good: Path, tmp_path: Path) -> None:
+    odd = good.rename(tmp_path / "a\x1b[31m\nb.ckpt")
+    bad = Path(shutil.copy(odd, tmp_path / "c\x1b[31m\nd.ckpt"))
+    truncate(bad, 100)
+    done = enstack("manifest", odd, bad)
+    assert done.returncode == 1
+    assert "a\\x1b[31m\\nb.ckpt.manifest.json" in done.stdout
+    assert "c\\x1b[31m\\nd.ckpt gets no manifest" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
