@@ -26,7 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from enstack_lightning.checkpoint import Options, Report, Severity, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, failure_of, verify_checkpoint
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules import judge
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
@@ -36,7 +36,7 @@ from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.guard.ledger import SampleLedger
-from enstack_lightning.guard.loading.choice import Fallback, choose, choose_newest
+from enstack_lightning.guard.loading.choice import Fallback, choose, choose_newest, refusal
 from enstack_lightning.guard.loading.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
@@ -197,8 +197,7 @@ class EnStackCLI(LightningCLI):
         """
         config = self.config[subcommand]
         folders = [config[name].dirpath or _folder_of_run(config) for name in CHECKPOINT_CALLBACKS]
-        guard = config.checkpoint_guard
-        newest = choose_newest(folders, lambda path: _verified(path, subcommand, guard), guard.strict)
+        newest = _newest_in(folders, subcommand, config.checkpoint_guard)
         if newest is not None:
             if subcommand == "fit" and (done := _whats_done(newest, config.trainer)):
                 raise _FinishedError(f"ckpt_path auto   {newest.path}: nothing left to train, {done}")
@@ -296,10 +295,34 @@ def _usable(path: str, subcommand: str, guard: Any) -> Report:
     fallback: Fallback = guard.fallback if subcommand == "fit" else "none"
     if fallback != "none":  # the guard will come to the same choice, and set aside what is damaged
         return choose(path, lambda p: _verified(p, subcommand, guard), fallback, guard.strict).report
-    report = _verified(path, subcommand, guard)
-    if not report.accepted(strict=False):
+    report = _verified(path, subcommand, guard, reads_all=False)  # the guard does, before it lets this one be loaded
+    if report.verdict is Verdict.FAIL:
         raise failure_of(report)
+    if not report.accepted(guard.strict):
+        raise refusal(report, guard.strict)
     return report
+
+
+def _newest_in(folders: Sequence[str], subcommand: str, guard: Any) -> Report | None:
+    """The report on the newest checkpoint that the guard will accept; None where there is none yet.
+
+    What the guard reads every byte of is so read here too, the newest first: the older ones need not be.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is good.
+    """
+    known: dict[str, Report] = {}
+
+    def judged(path: str) -> Report:
+        if path not in known:
+            known[path] = _verified(path, subcommand, guard, reads_all=False)
+        return known[path]
+
+    while (newest := choose_newest(folders, judged, guard.strict)) is not None:
+        known[newest.path] = _verified(newest.path, subcommand, guard)
+        if known[newest.path].accepted(guard.strict):
+            return known[newest.path]
+    return None
 
 
 def _is_rank_zero() -> bool:
@@ -311,16 +334,25 @@ def _has_tokenizer(entries: Mapping[str, Any], config: Any) -> bool:
     return bool(config.data.tokenizer or held.get("tokenizer_json") or config.model.pretrained)
 
 
-def _verified(path: str, subcommand: str, guard: Any) -> Report:
-    """The report on a checkpoint as the guard will judge it before it is loaded."""
-    report = verify_checkpoint(path, _options_of(subcommand, guard))
+def _verified(path: str, subcommand: str, guard: Any, reads_all: bool = True) -> Report:
+    """The report on a checkpoint as the guard will judge it before it is loaded.
+
+    Args:
+        reads_all: whether to read as many bytes as the guard is told to; else headers are enough.
+    """
+    report = verify_checkpoint(path, _options_of(subcommand, guard, reads_all))
     return awaiting_repair(report) if guard.repair and subcommand == "fit" else report
 
 
-def _options_of(subcommand: str, guard: Any) -> Options:
+def _options_of(subcommand: str, guard: Any, reads_all: bool) -> Options:
+    lowest, highest = guard.lr_bounds or (Options.min_lr, Options.max_lr)
     return Options(
         purpose="resume" if subcommand == "fit" else "inference",
         tolerance=guard.step_tolerance,
+        min_lr=lowest,
+        max_lr=highest,
+        deep=reads_all and guard.deep is True,
+        digests=reads_all and guard.deep == "manifest",
         allow_globals=frozenset(guard.allow_globals or ()),
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
-from builders import truncate
+from builders import edited, flip_bit, truncate
 
 from enstack_lightning.checkpoint import find_last_good
 from enstack_lightning.cli.main import main
+from enstack_lightning.cli.training import EnStackCLI
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -105,3 +108,48 @@ def test_nothing_to_evaluate_is_an_error(
     call = ["validate", *call_of(started, tmp_path / "new", 1)[1:]]
     assert main(call) == 1
     assert "--ckpt_path auto found no checkpoint in" in capsys.readouterr().err
+
+
+def flip_a_moment(file: Path) -> None:
+    """Turns over one bit of a tensor, which only a look at every byte finds."""
+    moment = torch.load(file, weights_only=True)["optimizer_states"][0]["state"][0]["exp_avg"]
+    flip_bit(file, file.read_bytes().index(moment.numpy().tobytes()), bit=3)
+
+
+@pytest.mark.parametrize("deep", ["manifest", "true"])
+def test_auto_chose_one_that_the_guard_then_refused(started: tuple[Path, list[str]], run: Path, deep: str) -> None:
+    last = run / "checkpoints" / "last_checkpoint.ckpt"
+    for _ in range(2 if deep == "true" else 1):
+        flip_a_moment(last)
+        last = last.with_name("best_model.ckpt")
+    if deep == "true":
+        shutil.copy(started[0] / "checkpoints" / "last_checkpoint.ckpt", run / "checkpoints" / "older.ckpt")
+        for manifest in run.rglob("*.manifest.json"):
+            manifest.unlink()
+    assert main([*call_of(started, run, 2), "--checkpoint_guard.deep", deep]) == 0
+    assert steps(run) == 12
+
+
+def raise_rate(checkpoint: dict[str, Any]) -> None:
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        group["lr"] = 0.5
+    checkpoint["lr_schedulers"][0]["_last_lr"] = [0.5] * len(checkpoint["lr_schedulers"][0]["_last_lr"])
+
+
+@pytest.mark.parametrize(("bounds", "refused"), [([], True), (["--checkpoint_guard.lr_bounds", "[0,1]"], False)])
+def test_the_check_before_the_start_judges_as_the_guard_is_told_to(
+    started: tuple[Path, list[str]],
+    run: Path,
+    bounds: list[str],
+    refused: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[bool] = []
+    build = EnStackCLI.instantiate_classes
+    monkeypatch.setattr(EnStackCLI, "instantiate_classes", lambda self: (built.append(True), build(self)))
+    path = edited(run / "checkpoints" / "last_checkpoint.ckpt", run / "raised.ckpt", raise_rate)
+    call = [*call_of(started, run, 2), "--ckpt_path", str(path), "--checkpoint_guard.strict", "true", *bounds]
+    assert main(call) in ((1,) if refused else (0, 1))
+    assert bool(built) is not refused
+    assert ("has warnings, and strict is set: CK502" in capsys.readouterr().err) is refused
