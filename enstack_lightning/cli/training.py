@@ -6,7 +6,6 @@ trained with becomes the defaults, below the config file and the command line; t
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
@@ -26,18 +25,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, failure_of, verify_checkpoint
-from enstack_lightning.checkpoint.resume import plan_resume
-from enstack_lightning.checkpoint.rules import judge
+from enstack_lightning.checkpoint import Report
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
 from enstack_lightning.cli.predictions import PredictionWriter
+from enstack_lightning.cli.start import newest_in, usable, whats_done
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.guard.ledger import SampleLedger
-from enstack_lightning.guard.loading.choice import Fallback, choose, choose_newest, refusal
-from enstack_lightning.guard.loading.repair import awaiting_repair
 from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42
@@ -148,7 +144,7 @@ class EnStackCLI(LightningCLI):
             path = self._loaded_instead = self._newest_checkpoint(subcommand)
         if not path or path in ("last", "best", "hpc") or "://" in path:
             return  # the Trainer finds out which file that is, and the guard verifies it then
-        report = _usable(path, subcommand, self.config[subcommand].checkpoint_guard)
+        report = usable(path, subcommand, self.config[subcommand].checkpoint_guard)
         file, tokenizer = report.path, None
         if Path(file).is_dir():
             converted = self._convert(report, subcommand)
@@ -197,9 +193,9 @@ class EnStackCLI(LightningCLI):
         """
         config = self.config[subcommand]
         folders = [config[name].dirpath or _folder_of_run(config) for name in CHECKPOINT_CALLBACKS]
-        newest = _newest_in(folders, subcommand, config.checkpoint_guard)
+        newest = newest_in(folders, subcommand, config.checkpoint_guard)
         if newest is not None:
-            if subcommand == "fit" and (done := _whats_done(newest, config.trainer)):
+            if subcommand == "fit" and (done := whats_done(newest, config.trainer)):
                 raise _FinishedError(f"ckpt_path auto   {newest.path}: nothing left to train, {done}")
             plan = f": {newest.resume.sentence}" if newest.resume is not None else ""
             rank_zero_info(f"ckpt_path auto   {newest.path}{plan}")
@@ -286,45 +282,6 @@ class EpochLines(Callback):
             )
 
 
-def _usable(path: str, subcommand: str, guard: Any) -> Report:
-    """The report on a checkpoint that has passed verification: the one asked for, or with `fallback` another.
-
-    Raises:
-        CheckpointError: The checkpoint has errors.
-    """
-    fallback: Fallback = guard.fallback if subcommand == "fit" else "none"
-    if fallback != "none":  # the guard will come to the same choice, and set aside what is damaged
-        return choose(path, lambda p: _verified(p, subcommand, guard), fallback, guard.strict).report
-    report = _verified(path, subcommand, guard, reads_all=False)  # the guard does, before it lets this one be loaded
-    if report.verdict is Verdict.FAIL:
-        raise failure_of(report)
-    if not report.accepted(guard.strict):
-        raise refusal(report, guard.strict)
-    return report
-
-
-def _newest_in(folders: Sequence[str], subcommand: str, guard: Any) -> Report | None:
-    """The report on the newest checkpoint that the guard will accept; None where there is none yet.
-
-    What the guard reads every byte of is so read here too, the newest first: the older ones need not be.
-
-    Raises:
-        CheckpointError: there are checkpoints and none is good.
-    """
-    known: dict[str, Report] = {}
-
-    def judged(path: str) -> Report:
-        if path not in known:
-            known[path] = _verified(path, subcommand, guard, reads_all=False)
-        return known[path]
-
-    while (newest := choose_newest(folders, judged, guard.strict)) is not None:
-        known[newest.path] = _verified(newest.path, subcommand, guard)
-        if known[newest.path].accepted(guard.strict):
-            return known[newest.path]
-    return None
-
-
 def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
@@ -332,43 +289,6 @@ def _is_rank_zero() -> bool:
 def _has_tokenizer(entries: Mapping[str, Any], config: Any) -> bool:
     held = entries.get(VulnerabilityDataModule.__qualname__) or {}
     return bool(config.data.tokenizer or held.get("tokenizer_json") or config.model.pretrained)
-
-
-def _verified(path: str, subcommand: str, guard: Any, reads_all: bool = True) -> Report:
-    """The report on a checkpoint as the guard will judge it before it is loaded.
-
-    Args:
-        reads_all: whether to read as many bytes as the guard is told to; else headers are enough.
-    """
-    report = verify_checkpoint(path, _options_of(subcommand, guard, reads_all))
-    return awaiting_repair(report) if guard.repair and subcommand == "fit" else report
-
-
-def _options_of(subcommand: str, guard: Any, reads_all: bool) -> Options:
-    lowest, highest = guard.lr_bounds or (Options.min_lr, Options.max_lr)
-    return Options(
-        purpose="resume" if subcommand == "fit" else "inference",
-        tolerance=guard.step_tolerance,
-        min_lr=lowest,
-        max_lr=highest,
-        deep=reads_all and guard.deep is True,
-        digests=reads_all and guard.deep == "manifest",
-        allow_globals=frozenset(guard.allow_globals or ()),
-    )
-
-
-def _whats_done(report: Report, trainer: Any) -> str | None:
-    """The sentence on a checkpoint at which a Trainer with these options would end at once; None where it goes on."""
-    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
-    if max_epochs is None and max_steps == -1:
-        max_epochs = 1_000  # Lightning's own default
-    wanted = {"trainer": {"max_epochs": max_epochs, "max_steps": max_steps}}
-    findings = judge(report.facts, Options(select=("CK906",), run_config=wanted))
-    if not any(f.severity is Severity.ERROR for f in findings):
-        return None
-    run = dataclasses.replace(report.facts.run, max_epochs=max_epochs, max_steps=max_steps)
-    plan = plan_resume(dataclasses.replace(report.facts, run=run))
-    return plan.sentence if plan is not None else None
 
 
 def _folder_of_run(config: Any) -> str:
