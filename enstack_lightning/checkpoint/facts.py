@@ -72,6 +72,7 @@ class OddityKind(StrEnum):
     SPARSE_TENSOR = "sparse-tensor"
     CYCLE = "cycle"
     STRAY_FILE = "stray-file"
+    OTHER_CHECKPOINT = "other-checkpoint"
     REFUSED_OPCODE = "refused-opcode"
     TOTAL_SIZE = "total-size"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from enstack_lightning.checkpoint.deep import DeepRead
@@ -90,12 +90,39 @@ def _has_folders(location: Location, names: Iterable[str]) -> bool:
 def _read_folder(location: Location, deep: DeepRead | None) -> Facts:
     names = location.names()
     if is_sharded_folder(names):
-        return read_sharded(location, deep)
+        return _beside_others(read_sharded(location, deep), names)
     if is_enstack_folder(names):
-        return read_enstack_folder(location, deep)
+        return _beside_others(read_enstack_folder(location, deep), names)
     if is_huggingface_folder(names):
-        return read_huggingface(location, deep)
+        return _beside_others(read_huggingface(location, deep), names)
     return _failed(location, Defect(DefectKind.UNRECOGNISED, _where(location), content_of_folder(names)))
+
+
+def _beside_others(facts: Facts, names: Iterable[str]) -> Facts:
+    """The facts with what lies in the folder and belongs to a checkpoint of another format, which nobody has judged."""
+    whole = [name for name in names if not is_unfinished(name)]
+    of_lightning = [name for name in whole if name.endswith(".ckpt")]
+    of_enstack = [name for name in whole if is_enstack_folder([name])]
+    of_trainer = [name for name in whole if is_trainer_folder([name])]
+    weights = [name for name in whole if is_weights_name(name)]
+    states = {
+        Format.SHARDED: of_lightning + of_enstack + of_trainer,
+        Format.ENSTACK: of_lightning + of_trainer,
+        Format.HUGGINGFACE: of_lightning,
+    }[facts.format]
+    found = [(OddityKind.OTHER_CHECKPOINT, states), (OddityKind.STRAY_FILE, weights)]
+    oddities = [
+        Oddity(kind, "", _not_judged(others, facts.format))
+        for kind, others in (found if facts.format is Format.SHARDED else found[:1])
+        if others
+    ]
+    return dataclasses.replace(facts, oddities=(*facts.oddities, *oddities))
+
+
+def _not_judged(names: Sequence[str], judged: Format) -> str:
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    verb = "stands" if len(names) == 1 else "stand"
+    return f"{', '.join(names[:3])}{more} {verb} in the folder of the {judged} checkpoint that is judged, unread"
 
 
 def _read_file(location: Location, deep: DeepRead | None) -> Facts:

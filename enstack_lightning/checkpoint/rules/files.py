@@ -24,6 +24,7 @@ _ODD = {
     ),
     OddityKind.WRONG_SUFFIX: (info, "Tools that go by the suffix will take it for something else: rename it."),
     OddityKind.STRAY_FILE: (info, "No resume reads it."),
+    OddityKind.OTHER_CHECKPOINT: (warning, "Move one of the two to a folder of its own, and verify each."),
     OddityKind.TOTAL_SIZE: (info, "Nothing reads that number; the tensors themselves agree with their headers."),
 }
 
@@ -249,7 +250,8 @@ def replaced_record(facts: Facts, options: Options) -> Iterator[Outcome]:
 def odd_container(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The file can be read and is not as the library writes it.
 
-    Packed anew by another tool, a record that nothing refers to, or an entry that contains itself: a warning. A suffix
+    Packed anew by another tool, a record that nothing refers to, an entry that contains itself, or a second checkpoint
+    of another format in the folder, of which nothing was judged: a warning. A suffix
     that does not fit the content, a file that no resume reads, a total size that does not add up: worth knowing.
     """
     for oddity in facts.oddities:
