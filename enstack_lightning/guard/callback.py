@@ -252,7 +252,6 @@ class CheckpointGuard(Callback):
         if trainer.state.fn == FITTING and not is_of_the_tuner(path):
             self._stop_where_nothing_is_left(trainer, loaded)
             self._loaded = loaded
-        if trainer.state.fn == FITTING:
             self._restart = exact_restart(trainer, checkpoint, self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,7 +289,7 @@ class CheckpointGuard(Callback):
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
-        lost = lost_guarantees(self.report, self._restart, trainer.strategy.root_device)
+        lost = lost_guarantees(self.report, self._restart, trainer)
         for line in resume_lines(self.report, *rates, lost):
             rank_zero_info(line)
         self._stop_everywhere_if_refused(trainer, self.report)

@@ -18,6 +18,7 @@ from enstack_lightning.checkpoint.readers.lightning import lightning_facts, prog
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
+from enstack_lightning.guard.restart.stock_callbacks import epochs_to_train
 from enstack_lightning.guard.training_data import TrainingData, training_data
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def settings_before_restoring(trainer: Trainer) -> dict[str, Any]:
     """What a Trainer is set to do, as far as that is known while a checkpoint is loaded, in the form of a config."""
     return {
         "trainer": {
-            "max_epochs": trainer.max_epochs,
+            "max_epochs": epochs_to_train(trainer),
             "max_steps": trainer.max_steps,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "devices": trainer.world_size,

@@ -8,8 +8,11 @@ import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
+from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from enstack_lightning.guard.restart.loops import ExactRestart
 
 _LOST = {
@@ -27,13 +30,13 @@ _LOST = {
 """By the rule that found it."""
 
 
-def lost_guarantees(report: Report, restart: ExactRestart | None, device: torch.device) -> list[str]:
+def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Trainer) -> list[str]:
     """Why the resumed run need not equal the one that never stopped, in short sentences; empty where it will.
 
     Args:
         report: on the live Trainer.
         restart: how its loops are started again; None where nothing is known of the moment that was saved.
-        device: what the run computes on.
+        trainer: the Trainer, with everything restored.
     """
     changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
     lost = [said for code, said in _LOST.items() if code in changed]
@@ -44,7 +47,7 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, device: torch.
     if report.resume is not None and report.resume.batches_repeated:
         count = many(report.resume.batches_repeated, "batch is", "batches are")
         lost.append(f"{count} trained twice, since the loader's position is not in the checkpoint")
-    return lost + of_device(device)
+    return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 
 def of_device(device: torch.device) -> list[str]:

@@ -7,8 +7,7 @@ more and trains a batch too many (#19403, #19617); a progress bar shows no total
 rest of its epoch. `ExactRestart` does the rest of the step or of the epoch first, with everything as it stood then.
 
 What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
-after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again. Nor
-does SWA's last pass, which renews the statistics of BatchNorm after the last epoch, go on in its middle. A checkpoint
+after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again. A checkpoint
 of the middle of a step (an exception) restarts as Lightning restarts it, with random state put back.
 """
 
@@ -23,6 +22,7 @@ from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, re
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.resume_state import running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
+from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -64,6 +64,8 @@ class ExactRestart:
         self.trainer: Any = trainer
         self.resume: dict[str, Any] = state.get("resume") or {}
         self.point = self.resume.get("point", "elsewhere")
+        self.batch_size = (state.get("run") or {}).get("batch_size")
+        self._give_searches_back: Callable[[], None] = lambda: None
         ranks = self.resume.get("ranks") or [{"random_state": state.get("random_state")}]
         alike = len(ranks) == trainer.world_size
         self.mine: dict[str, Any] = ranks[trainer.global_rank] if alike else _of_others(ranks[0])
@@ -84,12 +86,14 @@ class ExactRestart:
         _once(loop, "on_run_start", self._on_run_start)
         if self.point in _IN_EPOCH:
             _once(loop.epoch_loop, "advance", self._advance)
+        self._give_searches_back = skip_searches(self.trainer, self.batch_size)
 
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
         loop = self.trainer.fit_loop
         for owner, name in ((loop, "reset"), (loop, "on_run_start"), (loop.epoch_loop, "advance")):
             vars(owner).pop(name, None)
+        self._give_searches_back()
 
     # In the order in which they are called
 
@@ -109,8 +113,11 @@ class ExactRestart:
             begin_epoch_anew(self.trainer)
 
     def _on_run_start(self) -> None:
-        self.trainer.fit_loop.on_run_start()
-        self._begin_what_an_epoch_begins()
+        loop = self.trainer.fit_loop
+        restore_frozen(self.trainer, self.resume.get("frozen"))
+        loop.on_run_start()
+        elsewhere_inside = self.point == "elsewhere" and loop.restarted_mid_epoch
+        begin_epoch_in_callbacks(self.trainer, inside=self.point in _IN_EPOCH or elsewhere_inside)
         self._make_lasting_workers()
         restore_generators(self.trainer, self.mine.get("generators", {}))
         if self.mine.get("epoch"):
@@ -124,7 +131,7 @@ class ExactRestart:
         if self.point in _EPOCH_DONE:
             self._restore_early_stop()
         elif self.point in _IN_EPOCH:
-            batch = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            batch = loop.epoch_loop.batch_progress.current
             self.trainer._logger_connector._first_loop_iter = batch.ready == 1
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
@@ -216,26 +223,6 @@ class ExactRestart:
         for had, loader in zip(self.resume.get("validation_workers", []), loaders, strict=False):
             if had and getattr(loader, "_iterator", None) is None:
                 iter(loader)
-
-    def _begin_what_an_epoch_begins(self) -> None:
-        """Inside an epoch Lightning calls no `on_train_epoch_start`, which two kinds of callbacks need."""
-        trainer = self.trainer
-        for callback in trainer.callbacks:
-            if getattr(callback, "_scheduler_state", None) is not None and hasattr(callback, "_swa_scheduler"):
-                self._begin_averaging(callback)
-            elif callback is trainer.progress_bar_callback and self.point in _IN_EPOCH:
-                callback.on_train_epoch_start(trainer, trainer.lightning_module)
-
-    def _begin_averaging(self, callback: Any) -> None:
-        """Making SWA's scheduler sets learning rates, which the optimizer has from the checkpoint already."""
-        trainer = self.trainer
-        if trainer.current_epoch > callback.swa_end:
-            return
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [group["lr"] for group in groups]
-        callback.on_train_epoch_start(trainer, trainer.lightning_module)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def _of_others(rank_zero: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.loader_position import capture_generators, loader_states
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
 from enstack_lightning.guard.restart.rng import capture_random_state
+from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -62,6 +63,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "validation_workers": [
             _has_lasting_workers(loader) for loader in (validation.flattened if validation is not None else ())
         ],
+        "frozen": capture_frozen(trainer),
         "ranks": _of_all_ranks(trainer, mine),
     }
     return state

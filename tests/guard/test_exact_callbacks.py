@@ -1,0 +1,179 @@
+"""Lightning's own callbacks go on as in a run that never stopped, or the resume report says what they lose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exact_runs import BATCHES, Recorded, differences, train
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Made = Callable[[], Callback]
+
+
+class OneRate(Recorded):
+    """Without a scheduler, as searches for a learning rate want it, and with a backbone to unfreeze."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lr = 1e-2
+        self.backbone = self.network[:2]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def inside(epoch: int, batch: int = 2) -> str:
+    return f"batch-{epoch * BATCHES + batch}"
+
+
+CASES: dict[str, tuple[type[Recorded], Made, dict[str, Any], tuple[str, ...]]] = {
+    "gradient accumulation scheduler": (
+        Recorded,
+        lambda: GradientAccumulationScheduler({0: 1, 1: 2, 2: 3}),
+        {},
+        (inside(1, 1), inside(1), inside(2), "epoch-1"),
+    ),
+    "averaged weights": (
+        Recorded,
+        WeightAveraging,
+        {"val_check_interval": 3},
+        (inside(0), "validation-1", inside(1), "epoch-1"),
+    ),
+    "exponential average": (
+        Recorded,
+        lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=2, update_starting_at_epoch=1),
+        {"accumulate_grad_batches": 2},
+        (inside(0, 1), inside(1), "epoch-1", "epoch-2"),
+    ),
+    "exponential average of parameters alone": (
+        Recorded,
+        lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
+        {},
+        (inside(1), "validation-2"),
+    ),
+    "stochastic average, its last pass": (
+        Recorded,
+        lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=3),
+        {},
+        (inside(2), "epoch-3", inside(3, 1), inside(3), inside(3, BATCHES)),
+    ),
+    "linear stochastic average, accumulated": (
+        OneRate,
+        lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=3, annealing_strategy="linear"),
+        {"accumulate_grad_batches": 2},
+        (inside(2, 1), inside(3), inside(3, 5)),
+    ),
+    "unfrozen backbone": (
+        OneRate,
+        lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3),
+        {},
+        (inside(0), "epoch-1", inside(1), "epoch-2"),
+    ),
+    "search for a learning rate": (
+        OneRate,
+        lambda: LearningRateFinder(num_training_steps=30, early_stop_threshold=None),
+        {},
+        (inside(0), "epoch-1", inside(1)),
+    ),
+    "search for a batch size": (
+        OneRate,
+        lambda: BatchSizeFinder(steps_per_trial=1, max_trials=3, init_val=2),
+        {},
+        ("batch-6", "epoch-1"),
+    ),
+    "timer without a limit": (Recorded, Timer, {}, (inside(1),)),
+    "lambda": (Recorded, lambda: LambdaCallback(on_train_batch_start=lambda *_: torch.rand(1)), {}, (inside(1),)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_callback_goes_on(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kind, callback, trainer, names = CASES[case]
+    whole = train(tmp_path, {}, trainer, callbacks=(callback(),), saves=names, kind=kind)
+    for name in names:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            again = train(tmp_path / "again", {}, trainer, tmp_path / f"{name}.ckpt", (callback(),), seed=9, kind=kind)
+        assert differences(whole, again) == [], name
+        assert exactness(caplog) == "bit for bit", name
+
+
+def exactness(caplog: pytest.LogCaptureFixture) -> str:
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
+    return line.removeprefix("exact").strip()
+
+
+def test_resumed_twice_inside_the_last_pass_of_a_stochastic_average(tmp_path: Path) -> None:
+    _, callback, trainer, _ = CASES["stochastic average, its last pass"]
+    whole = train(tmp_path, {}, trainer, callbacks=(callback(),), saves=(inside(2),))
+    path = tmp_path / f"{inside(2)}.ckpt"
+    for name in (inside(3), inside(3, 4)):
+        train(tmp_path / name, {}, trainer, path, (callback(),), (name,), seed=9)
+        path = tmp_path / name / f"{name}.ckpt"
+    assert differences(whole, train(tmp_path / "last", {}, trainer, path, (callback(),), seed=9)) == []
+
+
+class Milestones(LearningRateFinder):
+    """Searches when epochs begin, as Lightning's documentation shows it, and not at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=5, early_stop_threshold=None, update_attr=False)
+        self.searched: list[int] = []
+
+    def on_fit_start(self, *_: Any) -> None:
+        return
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.searched.append(trainer.current_epoch)
+
+
+def test_a_search_of_ones_own_at_an_epochs_start_is_made(tmp_path: Path) -> None:
+    train(tmp_path, {}, {}, callbacks=(Milestones(),), saves=("epoch-1",), kind=OneRate)
+    again = Milestones()
+    train(tmp_path / "again", {}, {}, tmp_path / "epoch-1.ckpt", (again,), kind=OneRate)
+    assert again.searched == [1, 2]
+
+
+def test_a_search_changes_the_same_with_the_guard(tmp_path: Path) -> None:
+    for case in ("search for a learning rate", "search for a batch size"):
+        kind, callback, trainer, _ = CASES[case]
+        whole = train(tmp_path, {}, trainer, callbacks=(callback(),), kind=kind)
+        alone = train(tmp_path, {}, trainer, callbacks=(callback(),), kind=kind, guard=None)
+        assert differences(alone, whole) == []
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (lambda: ModelPruning("l1_unstructured", amount=0.3), "ModelPruning saves no masks"),
+        (lambda: Timer(timedelta(hours=1)), "Timer ends the run by the clock"),
+    ],
+    ids=["pruning", "timer"],
+)
+def test_what_a_callback_loses_is_said(
+    callback: Made, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, {}, {}, callbacks=(callback(),), saves=(inside(1),))
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "again", {}, {}, tmp_path / f"{inside(1)}.ckpt", (callback(),))
+    assert exactness(caplog).startswith("not promised: ")
+    assert said in exactness(caplog)
