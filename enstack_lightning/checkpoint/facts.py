@@ -95,12 +95,14 @@ class FileFacts:
         without_checksum: bytes that no checksum in the checkpoint covers (safetensors, JSON, legacy torch files,
             records saved with `compute_crc32 = False`): damage there need not show in the file itself.
         not_read: bytes of tensor data that have a checksum and were not compared with it (without `--deep`).
+        read_whole: every byte was read, whether or not a checksum covers it (JSON, the directory of shards).
     """
 
     name: str
     size: int
     without_checksum: int = 0
     not_read: int = 0
+    read_whole: bool = False
 
 
 Loader = Literal["weights_only", "transformers", "torch", "pickle", "never"]

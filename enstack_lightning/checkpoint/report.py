@@ -119,8 +119,8 @@ class Report:
 
 
 def _not_read(file: FileFacts) -> int:
-    """Bytes of a file that a quick verification leaves unread: JSON files are read to their end."""
-    return file.not_read + (0 if file.name.endswith(".json") else file.without_checksum)
+    """Bytes of a file that a quick verification leaves unread."""
+    return file.not_read + (0 if file.read_whole else file.without_checksum)
 
 
 def worst(reports: Iterable[Report]) -> Verdict:

@@ -507,3 +507,13 @@ def test_an_object_store_is_read_the_same(plain: Path) -> None:
     there, here = read_sharded(locate("memory://shards")), read(plain)
     assert (there.tensors, there.optimizers, there.files) == (here.tensors, here.optimizers, here.files)
     assert there.defects == ()
+
+
+def test_the_directory_of_shards_is_read_whole(plain: Path) -> None:
+    report = verify_checkpoint(plain)
+    data = sum(file.stat().st_size for file in plain.glob("*.distcp"))
+    assert 0 < report.coverage.bytes_not_read < data
+    assert (".metadata", (plain / ".metadata").stat().st_size) in report.coverage.not_checkable
+    everything = verify_checkpoint(plain).facts.files
+    unread = sum(f.not_read + f.without_checksum for f in everything if f.name != ".metadata")
+    assert report.coverage.bytes_not_read == unread

@@ -151,7 +151,7 @@ def _add_model(facts: Facts, folder: Location, names: Collection[str], deep: Dee
 
 def _add_json(facts: Facts, folder: Location, name: str) -> tuple[Facts, dict[str, Any]]:
     value, size, defect = read_json_object(folder, name, MAX_STATE_BYTES)
-    files = (*facts.files, FileFacts(name, size, without_checksum=size)) if size else facts.files
+    files = (*facts.files, FileFacts(name, size, without_checksum=size, read_whole=True)) if size else facts.files
     defects = facts.defects if defect is None else (*facts.defects, defect)
     return dataclasses.replace(facts, files=files, defects=defects), value or {}
 

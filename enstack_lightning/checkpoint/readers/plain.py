@@ -11,19 +11,17 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.deep import DeepRead, read_deeply
+from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import (
     Defect,
     DefectKind,
     Facts,
-    FileFacts,
     Format,
     ProgressFacts,
-    TensorFacts,
-    ValueFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
 from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.readers.safetensors import read_safetensors
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
@@ -35,9 +33,7 @@ from enstack_lightning.checkpoint.readers.states import (
     tensors_of,
     whole,
 )
-from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive, defect_of
-from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, spans
-from enstack_lightning.checkpoint.source import ContainerDefectError
+from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive
 
 _LIGHTNING_ENTRIES = ("loops", "optimizer_states", "lr_schedulers", "callbacks")
 
@@ -175,32 +171,16 @@ def _progress(value: object) -> ProgressFacts:
 
 def read_safetensors_file(location: Location, deep: DeepRead | None = None) -> Facts:
     """Facts of a bare safetensors file: a model and no training state."""
-    name = location.name
-    facts = Facts(str(location), Format.SAFETENSORS, model_only=True, values=None if deep is None else ())
-    header = SafetensorsHeader((), {})
-    defects: list[Defect] = []
-    values: tuple[ValueFacts, ...] = ()
-    try:
-        with location.open() as source:
-            size = source.size
-            header = read_safetensors_header(source)
-            if deep is not None:
-                result = read_deeply(source, spans(header, name), deep)
-                defects, values = [*result.defects], result.values
-            if source.has_changed():
-                defects.append(Defect.changed(name))
-    except ContainerDefectError as e:
-        defects.append(defect_of(e, name))
-    except OSError as e:
-        defects.append(Defect.unreadable(name, e))
-        return dataclasses.replace(facts, defects=tuple(defects))
-    return dataclasses.replace(
-        facts,
-        files=(FileFacts(name, size, without_checksum=size),),
-        defects=tuple(defects),
-        tensors=tuple(TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors),
-        values=None if deep is None else values,
-        versions=_versions(header.metadata),
+    read = read_safetensors(location, location.name, deep)
+    return Facts(
+        str(location),
+        Format.SAFETENSORS,
+        files=() if read.file is None else (read.file,),
+        defects=tuple(read.defects),
+        tensors=read.tensors,
+        model_only=True,
+        values=None if deep is None else read.values,
+        versions=_versions(read.metadata),
     )
 
 

@@ -196,7 +196,7 @@ def _unpickled(folder: _Folder, name: str) -> Unpickled | None:
     if defect is None and size > MAX_METADATA_BYTES:
         defect = Defect(DefectKind.DAMAGED, name, f"it has {size:,} bytes; the limit is {MAX_METADATA_BYTES:,}")
     if size:
-        folder.files[name] = FileFacts(name, size, without_checksum=size)
+        folder.files[name] = FileFacts(name, size, without_checksum=size, read_whole=True)
     if defect is not None:
         folder.note(defect)
         return None

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from enstack_lightning.checkpoint.deep import DeepRead, read_deeply
+from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import (
     Defect,
     DefectKind,
@@ -29,10 +29,10 @@ from enstack_lightning.checkpoint.facts import (
 from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES, TensorDescriptor
 from enstack_lightning.checkpoint.location import Location, leads_out
 from enstack_lightning.checkpoint.readers.json_file import read_json_object
+from enstack_lightning.checkpoint.readers.safetensors import read_safetensors
 from enstack_lightning.checkpoint.readers.states import named_weights, plain, tensors_of
-from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
-from enstack_lightning.checkpoint.safetensors_file import SafetensorsHeader, read_safetensors_header, shown, spans
-from enstack_lightning.checkpoint.source import ContainerDefectError
+from enstack_lightning.checkpoint.readers.torch_archive import read_archive
+from enstack_lightning.checkpoint.safetensors_file import shown
 
 CONFIG_FILE = "config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -54,7 +54,9 @@ def add_config(facts: Facts, folder: Location) -> Facts:
     """The facts with the folder's `config.json` added."""
     config, size, defect = read_json_object(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
     if size:
-        facts = dataclasses.replace(facts, files=(*facts.files, FileFacts(CONFIG_FILE, size, without_checksum=size)))
+        facts = dataclasses.replace(
+            facts, files=(*facts.files, FileFacts(CONFIG_FILE, size, without_checksum=size, read_whole=True))
+        )
     if config is None:
         return dataclasses.replace(facts, defects=(*facts.defects, *([defect] if defect else [])))
     version = config.get("transformers_version")
@@ -192,24 +194,13 @@ def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: Deep
     if defect is not None:
         weights.note(defect)
         return []
-    header = SafetensorsHeader((), {})
-    try:
-        with location.open() as source:
-            header = read_safetensors_header(source)
-            if deep is not None:
-                result = read_deeply(source, spans(header, name), deep)
-                weights.defects += result.defects
-                weights.values += result.values
-            if source.has_changed():
-                weights.note(Defect.changed(name))
-    except ContainerDefectError as e:
-        weights.note(defect_of(e, name))
-    except OSError as e:
-        weights.note(Defect.unreadable(name, e))
-    data = sum(t.size for t in header.tensors)
-    weights.data_sizes["tensors"] += data
+    read = read_safetensors(location, name, deep)
+    for found in read.defects:
+        weights.note(found)
+    weights.values += read.values
+    weights.data_sizes["tensors"] += read.data_bytes
     weights.files.append(FileFacts(name, size, without_checksum=size))
-    return [TensorFacts(t.name, t.dtype, t.shape, name) for t in header.tensors]
+    return list(read.tensors)
 
 
 def _read_torch(weights: _Weights, folder: Location, name: str, deep: DeepRead | None) -> list[TensorFacts]:
@@ -247,7 +238,7 @@ def _read_shards(folder: Location, name: str, deep: DeepRead | None) -> _Weights
     weights = _Weights(name, rank=1 if suffix == ".safetensors" else 3)
     index, size, defect = read_json_object(folder, name, MAX_INDEX_BYTES, finite=True)
     if size:
-        weights.files.append(FileFacts(name, size, without_checksum=size))
+        weights.files.append(FileFacts(name, size, without_checksum=size, read_whole=True))
     if defect is not None:
         weights.note(defect)
     if index is None:
