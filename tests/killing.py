@@ -69,7 +69,7 @@ def run_child(work: Work, kill: Kill | None = None, log: Path | None = None, lim
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _live(work, writing, log)
+        live(work, writing, log)
     os.close(writing)
     try:
         said, in_time = _listen(reading, child, kill, began + limit_seconds)
@@ -83,7 +83,7 @@ def run_child(work: Work, kill: Kill | None = None, log: Path | None = None, lim
     return Ended(tuple(said), status, time.monotonic() - began)
 
 
-def _live(work: Work, writing: int, log: Path | None) -> None:
+def live(work: Work, writing: int, log: Path | None) -> None:
     """The child's life: it ends here, whatever happens."""
     write = os.write  # for good: `work` may put another in its place
 

@@ -10,30 +10,20 @@ used once an epoch.
 from __future__ import annotations
 
 import errno
-import json
-import os
 import random
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch.cli
 import pytest
-import torch
 import yaml
 from file_calls import CrashPoint
-from killing import Ended, Kill, Tell, run_child
-from lightning.pytorch import Callback, LightningModule, Trainer
+from killed_fits import Disturbance, config_of, fit, lines_of, metrics_of, no_torn_file_passes, weights_of
+from killing import Ended, Kill, run_child
 
-from enstack_lightning.checkpoint import Options, Verdict, find_checkpoints, verify_checkpoint
 from enstack_lightning.checkpoint.ledger import read_ledger
-from enstack_lightning.cli.main import main
-from enstack_lightning.cli.resume_check import Line, first_difference
-from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
-from enstack_lightning.guard.step_record import StepRecord, digest_of
+from enstack_lightning.cli.resume_check import first_difference
 
 EPOCHS, BATCHES = 3, 6
 MOMENTS = (
@@ -47,99 +37,14 @@ MOMENTS = (
     "any time",
 )
 FAULTS = ("ENOSPC", "EIO")
-EVERY_BYTE = Options(deep=True, digests=True)
-
-
-class Teller(Callback):
-    """Tells where the run is, so that it can be killed there."""
-
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.tell(f"forward {trainer.global_step}")
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.tell(f"step {trainer.global_step}")
-
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if not trainer.sanity_checking:
-            self.tell(f"validation {trainer.global_step}")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._write(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, "epoch")
-
-    def _write(self, trainer: Trainer, when: str) -> None:
-        metrics = {name: float(value).hex() for name, value in sorted(trainer.callback_metrics.items())}
-        with Path(trainer.default_root_dir, "metrics.jsonl").open("a") as file:
-            file.write(json.dumps([when, trainer.current_epoch, metrics]) + "\n")
-
-
-@dataclass(frozen=True)
-class Disturbance:
-    """What happens to a start: a kill at a moment, or a file call of a save that kills, fails or takes its time."""
-
-    name: str
-    kill: Kill | None = None
-    crash: CrashPoint | None = None
-    at_save: int = 0
-    stall_seconds: float = 0.0
 
 
 def start(config: Path, folder: Path, disturbance: Disturbance | None = None) -> Ended:
     """One start of the command, to its end or to its kill."""
 
-    def work(tell: Tell) -> None:
-        tell_saves(tell, disturbance)
-        make = lightning.pytorch.cli.LightningCLI.instantiate_trainer
-
-        def with_record(self: Any, callbacks: list[Callback], **kwargs: Any) -> Trainer:
-            own = [StepRecord(str(folder / "record.jsonl")), Teller(tell)]
-            trainer: Trainer = make(self, callbacks=[*callbacks, *own], **kwargs)
-            return trainer
-
-        lightning.pytorch.cli.LightningCLI.instantiate_trainer = with_record
-        root = ["--trainer.default_root_dir", str(folder)]
-        tell(f"status {main(['fit', '--config', str(config), *root, '--ckpt_path', 'auto'])}")
-
     folder.mkdir(exist_ok=True)
-    return run_child(work, disturbance and disturbance.kill, folder / "log.txt")
-
-
-def tell_saves(tell: Tell, disturbance: Disturbance | None) -> None:
-    """Lets every save of this process be told, and puts the crash point into one of them."""
-    save = GuardedCheckpointIO.save_checkpoint
-    count = 0
-
-    def told(self: GuardedCheckpointIO, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        nonlocal count
-        count += 1
-        if disturbance is not None and disturbance.crash is not None and count == disturbance.at_save:
-            disturbance.crash.install()
-        if disturbance is not None and disturbance.stall_seconds and count == disturbance.at_save:
-            stall(tell, disturbance.stall_seconds)
-        tell(f"saving {count}")
-        save(self, checkpoint, *args, **kwargs)
-        tell(f"saved {count}")
-
-    GuardedCheckpointIO.save_checkpoint = told  # type: ignore[method-assign]
-
-
-def stall(tell: Tell, seconds: float) -> None:
-    """Lets the next fsync take its time, as on a disk that others write to."""
-    fsync = os.fsync
-
-    def stalled(fd: int) -> None:
-        os.fsync = fsync
-        tell("stalled")
-        time.sleep(seconds)
-        fsync(fd)
-
-    os.fsync = stalled
+    kill = disturbance and disturbance.kill
+    return run_child(lambda tell: fit(config, folder, tell, disturbance), kill, folder / "log.txt")
 
 
 def disturbance(moment: str, dice: random.Random, seconds: float, done: int, ahead: int) -> Disturbance:
@@ -165,39 +70,6 @@ def disturbance(moment: str, dice: random.Random, seconds: float, done: int, ahe
 # What must hold
 
 
-def lines_of(folder: Path) -> list[Line]:
-    record = folder / "record.jsonl"
-    text = record.read_text() if record.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def metrics_of(folder: Path) -> dict[str, Any]:
-    """The metrics of every validation and epoch; each is the same however often it was computed."""
-    found: dict[str, Any] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            when, epoch, metrics = json.loads(line)
-            assert found.setdefault(f"{when} {epoch}", metrics) == metrics, (folder, when, epoch)
-    return found
-
-
-def no_torn_file_passes(folder: Path) -> int:
-    """How many files are no good; every one that passes is good to the last byte."""
-
-    def work(tell: Tell) -> None:
-        for path in find_checkpoints(folder):
-            if verify_checkpoint(path).verdict is Verdict.FAIL:
-                tell("bad 1")
-                continue
-            deep = verify_checkpoint(path, EVERY_BYTE)
-            assert deep.verdict is not Verdict.FAIL, deep
-            torch.load(path, weights_only=True)
-
-    ended = run_child(work)  # threads that reading starts here would be missing in later children
-    assert ended.done, (ended.said, folder)
-    return len(ended.numbers("bad"))
-
-
 @dataclass(frozen=True)
 class Run:
     """The undisturbed run."""
@@ -210,16 +82,7 @@ class Run:
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("undisturbed")
-    model = {"pretrained": False, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {
-        "seed_everything": 3,
-        "trainer": {"accelerator": "cpu", "max_epochs": EPOCHS, "log_every_n_steps": 1, "accumulate_grad_batches": 1}
-        | {"enable_progress_bar": False, "enable_model_summary": False},
-        "model": {**model, "intermediate_size": 16, "max_position_embeddings": 66, "learning_rate": 1e-3},
-        "data": {"path": str(data), "cache_dir": str(cache), "max_length": 64, "vocab_size": 300}
-        | {"train_batch_size": 16, "length_bucketing": True},
-        "recovery_checkpoint": {"every_n_train_steps": 2},
-    }
+    config = config_of(data, cache, EPOCHS, {})
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert start(folder / "config.yaml", folder / "warm").done  # the tokenised rows are in the cache from now on
     ended = start(folder / "config.yaml", folder / "run")
@@ -262,16 +125,6 @@ def trial(
     assert read_ledger(folder).verdict == "pass", (moments, folder)
     assert weights_of(folder) == weights_of(undisturbed.folder), (moments, folder)
     return Trial(moments[0], kills, failures, bad, len(lines) - EPOCHS * BATCHES)
-
-
-def weights_of(folder: Path) -> list[str]:
-    """A digest of the weights in each checkpoint of a run that is over."""
-
-    def work(tell: Tell) -> None:
-        for path in sorted((folder / "checkpoints").glob("*.ckpt")):
-            tell(f"{path.name} {digest_of(torch.load(path, weights_only=True)['state_dict'])}")
-
-    return [line for line in run_child(work).said if line != "done"]
 
 
 # The campaigns
