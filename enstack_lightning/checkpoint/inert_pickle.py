@@ -11,13 +11,13 @@ Opcodes: Lib/pickletools.py of CPython.
 
 from __future__ import annotations
 
-import gc
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.facts import OddityKind
 from enstack_lightning.checkpoint.pickle_rebuild import (
     ORDERED_DICT,
@@ -67,7 +67,7 @@ MAX_GLOBAL_NAME = 1_024
 MAX_GLOBALS = 10_000
 _MAX_WIDE_TEXT = 4 * 2**20
 _MAX_MEMO_GAP = 65_536  # a pickler numbers without gaps; Python's own unpickler takes memory for all of a gap
-_INT32, _UINT16, _FLOAT64 = struct.Struct("<i"), struct.Struct("<H"), struct.Struct(">d")
+_UINT16, _FLOAT64 = struct.Struct("<H"), struct.Struct(">d")
 
 
 def read_pickle(data: bytes, max_opcodes: int = MAX_OPCODES) -> Unpickled:
@@ -113,17 +113,15 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.shared: dict[int, int] = {}
         self.globals: dict[tuple[str, str], Global] = {}
-        self.storages: dict[tuple[str, tuple[str, int, int] | None], StorageDescriptor] = {}
-        self.storage_headers: dict[str, tuple[str, int, str]] = {}
+        self.storages: dict[object, StorageDescriptor] = {}
+        self.first_of_key: dict[str, StorageDescriptor] = {}
         self.tensors: list[TensorDescriptor] = []
         self.ordered: dict[int, dict[Any, Any]] = {}
         self.refused: set[int] = set()
         self.work = Work()
 
+    @collector_paused()
     def run(self) -> Unpickled:
-        # Nothing here becomes garbage, and in a process full of objects each look for it costs as much as the reading.
-        collects = gc.isenabled()
-        gc.disable()
         try:
             self.begin()
             self.step_to_the_end()
@@ -138,9 +136,6 @@ class _Machine:
             )
             error.globals = tuple(self.globals.values())
             raise error from e
-        finally:
-            if collects:
-                gc.enable()
 
     def begin(self) -> None:
         head = self.data[self.at : self.at + 2]
@@ -195,6 +190,9 @@ class _Machine:
                     elif opcode == 0x4B:  # BININT1
                         stack.append(data[at])
                         at += 1
+                    elif opcode == 0x4A:  # BININT
+                        stack.append(unpack_from("<i", data, at)[0])
+                        at += 4
                     elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
                         if opcode == 0x58:
                             length = unpack_from("<I", data, at)[0]
@@ -385,10 +383,6 @@ class _Machine:
         _check_open(self.stack[-1])
         self.work.set_items(self.stack[-1], values)
 
-    def integer(self) -> None:
-        self.stack.append(_INT32.unpack_from(self.data, self.at)[0])
-        self.at += 4
-
     def integer2(self) -> None:
         self.stack.append(_UINT16.unpack_from(self.data, self.at)[0])
         self.at += 2
@@ -532,14 +526,18 @@ class _Machine:
     def storage(self, pid: object) -> StorageDescriptor:
         """The storage that a persistent id names, which must be named alike everywhere."""
         storage = storage_of(pid, self.legacy)
-        header = storage.dtype, storage.numel, storage.location
-        known = self.storage_headers.setdefault(storage.key, header)
-        if known != header:
+        key = storage.key
+        known = self.first_of_key.setdefault(key, storage)
+        if known is not storage and _header(known) != _header(storage):
             raise PickleDefectError(
-                f"storage {storage.key!r:.40} is {known[1]:,} elements of {known[0]} on {known[2]!r:.40} in one place "
-                f"and {storage.numel:,} of {storage.dtype} on {storage.location!r:.40} in another"
+                f"storage {key!r:.40} is {known.numel:,} elements of {known.dtype} on {known.location!r:.40} in one "
+                f"place and {storage.numel:,} of {storage.dtype} on {storage.location!r:.40} in another"
             )
-        return self.storages.setdefault((storage.key, storage.view), storage)
+        return self.storages.setdefault(key if storage.view is None else (key, storage.view), storage)
+
+
+def _header(storage: StorageDescriptor) -> tuple[str, int, str]:
+    return storage.dtype, storage.numel, storage.location
 
 
 def _check_open(target: object) -> None:
@@ -580,7 +578,6 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x4E: lambda m: m.stack.append(None),
     0x88: lambda m: m.stack.append(True),
     0x89: lambda m: m.stack.append(False),
-    0x4A: _Machine.integer,
     0x4D: _Machine.integer2,
     0x8A: _Machine.long1,
     0x47: _Machine.float8,

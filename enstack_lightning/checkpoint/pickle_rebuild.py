@@ -33,7 +33,7 @@ def storage_of(pid: object, legacy: bool) -> StorageDescriptor:
     if not isinstance(pid, tuple) or len(pid) != (6 if legacy else 5) or pid[0] != "storage":
         raise PickleDefectError("a persistent id does not name a torch storage")
     storage_type, key, location, numel = pid[1:5]
-    dtype = _STORAGES.get(storage_type) if isinstance(storage_type, Global) else None
+    dtype = _STORAGES.get((storage_type.module, storage_type.name)) if isinstance(storage_type, Global) else None
     if dtype is None:
         raise PickleDefectError(f"storage type {_said(storage_type)} is not known")
     if not isinstance(key, str) or not isinstance(location, str) or type(numel) is not int:
@@ -406,9 +406,10 @@ TENSOR_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 """The attributes of `torch.Tensor` that are more than an entry in its `__dict__`, which a pickler writes."""
 
 TENSOR_MODULES = frozenset({"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"})
-_STORAGES = {Global(m, name): dtype for name, dtype in STORAGE_DTYPES.items() for m in ("torch", "torch.cuda")} | {
-    Global("torch.storage", "UntypedStorage"): "uint8"
+_STORAGES = {(m, name): dtype for name, dtype in STORAGE_DTYPES.items() for m in ("torch", "torch.cuda")} | {
+    ("torch.storage", "UntypedStorage"): "uint8"
 }
+"""The dtype of a storage's class, by its module and name: a tuple's hash is several times as fast as a `Global`'s."""
 
 REBUILD: dict[Any, Callable[[Work, tuple[Any, ...]], Any]] = {
     ORDERED_DICT: _ordered_dict,

@@ -14,6 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 from enstack_lightning.checkpoint.deep import Named, NamedTensor, Role, Span, mismatch
@@ -185,25 +186,18 @@ class TorchFile:
         itemsize = DTYPE_BYTES.get(tensor.dtype)
         if itemsize is None:
             raise ContainerDefectError("damaged", f"a tensor in it has the unknown dtype {tensor.dtype:.40}", name)
-        shape, stride = tensor.shape, tensor.stride
-        if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or tensor.offset < 0:
-            raise ContainerDefectError(
-                "damaged", f"a tensor in it has {len(shape):,} dimensions and {len(stride):,} strides", name
-            )
-        if shape and (min(shape) < 0 or min(stride) < 0):
-            raise ContainerDefectError("damaged", "a tensor in it has a negative dimension or stride", name)
-        if 0 in shape:
+        shape = tensor.shape
+        fault, reach, count = _extent(shape, tensor.stride)
+        if fault or tensor.offset < 0:
+            raise ContainerDefectError("damaged", f"a tensor in it has {fault or 'a negative offset'}", name)
+        if not count:
             return
-        last = tensor.offset
-        for n, s in zip(shape, stride, strict=True):
-            last += (n - 1) * s
-        if (last + 1) * itemsize > size:
+        needed = (tensor.offset + reach) * itemsize
+        if needed > size:
             raise ContainerDefectError(
-                "damaged",
-                f"a tensor of shape {shape} needs {(last + 1) * itemsize:,} bytes of its storage, which has {size:,}",
-                name,
+                "damaged", f"a tensor of shape {shape} needs {needed:,} bytes of its storage, which has {size:,}", name
             )
-        logical = math.prod(shape) * itemsize
+        logical = count * itemsize
         if logical > MAX_LOGICAL_SIZE * size:
             message = f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
             self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, message))
@@ -371,6 +365,16 @@ class TorchFile:
         """Notes a defect of a record, unless that could not be read, which is noted already."""
         if not any(e.record == record for e in self.defects):
             self.defects.append(ContainerDefectError("damaged", message, record))
+
+
+@lru_cache(4_096)
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[str, int, int]:
+    """What is wrong with a tensor's sizes, how many elements of its storage it spans, and how many it has."""
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        return f"{len(shape):,} dimensions and {len(stride):,} strides", 0, 0
+    if shape and (min(shape) < 0 or min(stride) < 0):
+        return "a negative dimension or stride", 0, 0
+    return "", 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), math.prod(shape)
 
 
 def _described(name: str, role: Role, tensor: TensorDescriptor) -> NamedTensor:

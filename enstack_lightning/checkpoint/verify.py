@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
+from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.deep import DeepRead, Progress
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
 from enstack_lightning.checkpoint.location import locate
@@ -124,6 +125,7 @@ def failure_of(report: Report) -> CheckpointError:
     return kind(f"checkpoint {report.path} {why}: {said}. {hint}".strip())
 
 
+@collector_paused()
 def report_on(
     read: Callable[[], Facts], path: str, options: Options | None = None, began: float | None = None
 ) -> Report:

@@ -78,6 +78,9 @@ class ZipArchive:
         directory = _find_directory(source)
         entries = _read_directory(source, directory)
         entries.sort(key=_header_offset)
+        if source.local_fd() is not None and (records := _as_torch_writes(source, entries, directory.start)):
+            self.records = records
+            return
         self._prefetch(entries, directory.start)
         self._ahead = 0 if source.local_fd() is None else _READ_AHEAD_BYTES
         self._near, self._near_offset = b"", 0
@@ -176,6 +179,38 @@ class ZipArchive:
                 "damaged", "the descriptor behind it disagrees with the archive's directory", entry.name
             )
         return form.size
+
+
+def _as_torch_writes(source: Source, entries: list[_Entry], end: int) -> dict[str, Record] | None:
+    """The records, where all bytes beside them are those that torch writes in an archive below 4 GiB; else None.
+
+    What lies between two payloads follows from the directory, and is compared at once: the descriptor of the one, the
+    header of the other and its padding.
+    """
+    if end >= _WIDE:
+        return None
+    records = {}
+    at, descriptor = 0, b""
+    borders = [e.header_offset for e in entries[1:]]
+    borders.append(end)
+    for (_, name, raw_name, size, crc32, header_offset, flags), border in zip(entries, borders, strict=True):
+        offset = border - size - (_DESCRIPTOR.size if flags & _HAS_DESCRIPTOR else 0)
+        name_length = len(raw_name)
+        padding = _PADDINGS.get(offset - header_offset - _LOCAL.size - name_length)
+        if padding is None or not (flags & _HAS_DESCRIPTOR or not size):
+            return None
+        header = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, len(padding))
+        between = descriptor + header + raw_name + padding
+        if at + len(between) != offset or source.read_at(at, len(between), name) != between:
+            return None
+        descriptor = _DESCRIPTOR.pack(b"PK\x07\x08", crc32, size, size) if flags & _HAS_DESCRIPTOR else b""
+        at = offset + size
+        records[name] = Record(name, size, crc32, header_offset, offset)
+    return records if source.read_at(at, end - at, name) == descriptor else None
+
+
+_PADDINGS = {n + 4: _PADDING_EXTRA + n.to_bytes(2, "little") + b"Z" * n for n in range(2 * DEFAULT_ALIGNMENT)}
+"""Torch's extra fields by their length: what puts the payload behind one at a multiple of 64."""
 
 
 class _Directory(NamedTuple):
@@ -318,7 +353,7 @@ def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
     name = path.partition("/")[2] or path
     if size == _WIDE or compressed == _WIDE or offset == _WIDE:
         size, compressed, offset = _zip64_values(raw[extra_start:end], size, compressed, offset)
-    if method != 0 or compressed != size:
+    if method or compressed != size:
         raise ContainerDefectError(
             "damaged", f"it is compressed (method {method}); torch stores records as they are", name
         )
@@ -349,15 +384,20 @@ def _zip64_values(extra: bytes, *values: int) -> list[int]:
 def _check_names(entries: list[_Entry]) -> None:
     seen: set[str] = set()
     folder = entries[0].path.partition("/")[0] + "/"
+    usual = folder[:-1] not in _LEADING_AWAY and "\\" not in folder and "\0" not in folder
+    storages = folder + "data/" if usual else "/"
     for entry in entries:
+        path = entry.path
         # torch looks names up without regard to case and takes one of several by chance of its search.
-        key = entry.path.lower()
+        key = path.lower()
         if key in seen:
             raise ContainerDefectError("damaged", "it is in the archive more than once", entry.name)
         seen.add(key)
-        parts = entry.path.split("/")
-        if not entry.path.startswith(folder) or "\\" in key or "\0" in key or not _LEADING_AWAY.isdisjoint(parts):
-            raise ContainerDefectError("damaged", f"record {entry.path!r} does not lie in the archive's one folder")
+        if path.startswith(storages) and path[len(storages) :].isdecimal():
+            continue
+        parts = path.split("/")
+        if not path.startswith(folder) or "\\" in key or "\0" in key or not _LEADING_AWAY.isdisjoint(parts):
+            raise ContainerDefectError("damaged", f"record {path!r} does not lie in the archive's one folder")
 
 
 _LEADING_AWAY = frozenset(("", ".", ".."))

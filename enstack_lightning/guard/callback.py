@@ -15,6 +15,7 @@ from enstack_lightning.checkpoint import (
     report_on,
     verify_checkpoint,
 )
+from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
@@ -235,6 +236,7 @@ class CheckpointGuard(Callback):
 
     # After loading
 
+    @collector_paused()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         path = str(trainer.ckpt_path)
         judged = self._decision.report
@@ -269,13 +271,14 @@ class CheckpointGuard(Callback):
             if said := earlier_run(trainer):
                 rank_zero_info(f"CheckpointGuard: {said}")
 
+    @collector_paused()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:
             restore_loader_position(trainer)
         if self._restart is not None:
             self._restart.count_batches_of_another_size()
         self._run = run_of(trainer, self._given)
-        self._health.start(trainer, pl_module, self._checkpoint_io)
+        self._health.start(trainer, self._checkpoint_io)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded

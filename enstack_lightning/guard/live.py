@@ -89,7 +89,7 @@ def trainer_facts(
         run: what `run_of` says, where it is known already.
     """
     run = run or run_of(trainer, given)
-    names = {} if _flattens(trainer) else _parameter_names(trainer)
+    names = {} if _flattens(trainer) else _names(dict(trainer.lightning_module.named_parameters()))
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
@@ -138,8 +138,7 @@ def run_of(trainer: Trainer, given: Configured | None = None) -> RunFacts:
         scheduler_options=given.schedulers if given else (),
         optimizer_kinds=tuple(type(o).__name__ for o in trainer.optimizers),
         optimizer_options=given.optimizers if given else (),
-        parameter_digests=_parameter_digests(trainer),
-        trainable_parameters=sum(1 for p in trainer.lightning_module.parameters() if p.requires_grad),
+        **_parameters(trainer),
         batch_size=data.batch_size,
         dataset_rows=data.rows,
         dataset_fingerprint=data.fingerprint,
@@ -173,11 +172,7 @@ def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[s
         run = dataclasses.replace(run, scheduler_options=held.scheduler_options)
     if [len(o.param_groups) for o in trainer.optimizers] != [len(o) for o in run.optimizer_options]:
         run = dataclasses.replace(run, optimizer_options=())  # groups that joined later were made by no configuration
-    run = dataclasses.replace(
-        run,
-        parameter_digests=_parameter_digests(trainer),
-        trainable_parameters=sum(1 for p in trainer.lightning_module.parameters() if p.requires_grad),
-    )
+    run = dataclasses.replace(run, **_parameters(trainer))
     return {name: _listed(value) for name, value in vars(run).items()}
 
 
@@ -192,15 +187,18 @@ def _hyper_parameters(module: Any) -> Mapping[str, Any]:
     return plain(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {}
 
 
-def _parameter_digests(trainer: Trainer) -> tuple[tuple[str, ...], ...]:
-    """Name and shape of every parameter in its place, as a few hexadecimal digits."""
-    if _flattens(trainer):
-        return ()
-    names = _parameter_names(trainer)
-    return tuple(
+def _parameters(trainer: Trainer) -> dict[str, Any]:
+    """Name and shape of every parameter in its place, as a few hexadecimal digits, and how many are trained."""
+    named = dict(trainer.lightning_module.named_parameters())
+    names = _names(named)
+    digests = tuple(
         tuple("".join(_digits(p, names) for p in group["params"]) for group in optimizer.param_groups)
-        for optimizer in trainer.optimizers
+        for optimizer in (() if _flattens(trainer) else trainer.optimizers)
     )
+    return {
+        "parameter_digests": digests,
+        "trainable_parameters": sum(1 for p in named.values() if p.requires_grad),
+    }
 
 
 def _digits(parameter: torch.Tensor, names: Mapping[int, str]) -> str:
@@ -208,9 +206,9 @@ def _digits(parameter: torch.Tensor, names: Mapping[int, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=DIGITS // 2).hexdigest()
 
 
-def _parameter_names(trainer: Trainer) -> dict[int, str]:
-    named = trainer.lightning_module.named_parameters()
-    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named}
+def _names(named: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """The name of each parameter by its id, as it is without `torch.compile`."""
+    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in named.items()}
 
 
 def _flattens(trainer: Trainer) -> bool:

@@ -111,11 +111,8 @@ def _moments_of(entries: list[Any]) -> Iterator[tuple[str, TensorDescriptor]]:
 
 def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of a parameter's tensors, scalars left out."""
-    return {
-        str(name): tuple(int(n) for n in value.shape)
-        for name, value in state.items()
-        if hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape)
-    }
+    shapes = {str(name): _shape_of(value) for name, value in state.items()}
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:
@@ -221,10 +218,16 @@ def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
     if not isinstance(state_dict, Mapping):
         return ()
     return tuple(
-        TensorFacts(str(name), str(value.dtype).removeprefix("torch."), tuple(int(n) for n in value.shape))
+        TensorFacts(str(name), str(value.dtype).removeprefix("torch."), shape)
         for name, value in state_dict.items()
-        if hasattr(value, "dtype") and hasattr(value, "shape")
+        if (shape := _shape_of(value)) is not None
     )
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """A tensor's shape; None for what is no tensor."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None or not hasattr(value, "dtype") else tuple(map(int, shape))
 
 
 def field_types(state: Mapping[Any, Any]) -> dict[str, str]:

@@ -192,10 +192,11 @@ def config_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
     classifiers of transformers: the number of labels, where `id2label` is there. Such a checkpoint does not load, or
     loads with a part of its weights made anew at random. Adapters, quantized and pruned models are left in peace.
     """
-    encoder, config = _encoder(facts), facts.model_config
     if not _is_known(facts):
         yield from _wrong_labels(facts)
-    if encoder is None or not _is_known(facts):
+        return
+    encoder, config = _encoder(facts), facts.model_config
+    if encoder is None:
         return
     sizes = _sizes(config)
     wrong = [*_wrong_shapes(encoder, config, sizes), *_wrong_depth(encoder, config)]

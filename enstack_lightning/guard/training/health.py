@@ -41,11 +41,11 @@ class Health:
         """The same settings, before any Trainer."""
         return Health(self.watch.action, self.preemption.enabled, self.preemption.key)
 
-    def start(self, trainer: Trainer, module: LightningModule, checkpoint_io: GuardedCheckpointIO | None) -> None:
+    def start(self, trainer: Trainer, checkpoint_io: GuardedCheckpointIO | None) -> None:
         """`on_train_start`, with everything restored."""
         self.watch.start()
         if self.watch.action != "ignore":
-            self.saves.start(trainer, module)
+            self.saves.start(trainer)
             if checkpoint_io is not None:
                 checkpoint_io.place_for = self.saves.place_for
         self.preemption.start(trainer)

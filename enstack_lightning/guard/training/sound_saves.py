@@ -22,7 +22,7 @@ from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.training.nonfinite import listed, nonfinite_among
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
 _MOMENTS = (
@@ -43,7 +43,6 @@ class SoundSaves:
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
-        self._trained: frozenset[str] = frozenset()
         self._from_the_start: frozenset[str] | None = None
         self._known: tuple[tuple[int, int], list[str]] | None = None
         self._aside = ""
@@ -54,11 +53,10 @@ class SoundSaves:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"trainer": None}  # a copy of a callback whose saves go through here has another Trainer
 
-    def start(self, trainer: Trainer, module: LightningModule) -> None:
+    def start(self, trainer: Trainer) -> None:
         """To be called when training starts, with everything restored."""
         self.__init__()  # type: ignore[misc]
         self.trainer = trainer
-        self._trained = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
         for callback in trainer.checkpoint_callbacks:
             if is_model_checkpoint(callback):
                 for name in _GATED:
@@ -146,7 +144,7 @@ class SoundSaves:
             return path
         if self.trainer is None or name.endswith(NONFINITE_SUFFIX):
             return path
-        bad = self._not_from_the_start(nonfinite_among(self._saved_tensors(checkpoint)))
+        bad = self._not_from_the_start(nonfinite_among(_saved_tensors(self.trainer, checkpoint)))
         if not bad:
             return path
         rank_zero_warn(
@@ -154,13 +152,6 @@ class SoundSaves:
             f"{name}{NONFINITE_SUFFIX}, and what stands at {name} is left as it is."
         )
         return name + NONFINITE_SUFFIX
-
-    def _saved_tensors(self, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-        weights = checkpoint.get("state_dict")
-        found = {k: v for k, v in weights.items() if k in self._trained} if isinstance(weights, Mapping) else {}
-        for i, state in enumerate(checkpoint.get("optimizer_states") or ()):
-            found |= _moments(i, state.get("state") if isinstance(state, Mapping) else None)
-        return {k: v for k, v in found.items() if isinstance(v, Tensor)}
 
 
 class _Gate:
@@ -187,15 +178,28 @@ class _Gate:
             return save(trainer, *args, **kwargs)
 
 
+def _saved_tensors(trainer: Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint that is being saved, what `_live_tensors` are of the Trainer."""
+    weights = checkpoint.get("state_dict")
+    found = {k: weights[k] for k in _trained(trainer) if k in weights} if isinstance(weights, Mapping) else {}
+    for i, state in enumerate(checkpoint.get("optimizer_states") or ()):
+        found |= _moments(i, state.get("state") if isinstance(state, Mapping) else None)
+    return {k: v for k, v in found.items() if isinstance(v, Tensor)}
+
+
 def _live_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Trained parameters and moments, by the names that a checkpoint has for them."""
-    found: dict[str, Tensor] = {n: p for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    found: dict[str, Tensor] = _trained(trainer)
     for i, optimizer in enumerate(trainer.optimizers):
         state = getattr(optimizer, "state", None)
         if isinstance(state, Mapping):
             order = [p for group in optimizer.param_groups for p in group["params"]]
             found |= _moments(i, {n: state[p] for n, p in enumerate(order) if p in state})
     return found
+
+
+def _trained(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
 
 
 def _moments(optimizer: int, state: object) -> dict[str, Tensor]:
