@@ -381,9 +381,9 @@ def test_shards_that_hold_what_their_index_does_not_name_are_not_all_read(tmp_pa
         os.link(tmp_path / "part-0.safetensors", tmp_path / f"part-{i}.safetensors")
     index = {"metadata": {}, "weight_map": {f"t{i}": f"part-{i}.safetensors" for i in range(400)}}
     (tmp_path / INDEX).write_text(json.dumps(index))
-    began = time.perf_counter()
+    began = time.process_time()
     facts = read(tmp_path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert "shards hold far more tensors than the 400 that it names" in said(facts)
 
 

@@ -150,12 +150,12 @@ def test_scalars_of_every_dtype_are_read(scalar: torch.Tensor, tmp_path: Path) -
 
 def test_archives_of_more_than_65535_records_are_read_and_quickly(tmp_path: Path) -> None:
     torch.save([torch.tensor(0.0) for _ in range(66_000)], tmp_path / "t.pt")
-    began = time.perf_counter()
+    began = time.process_time()
     with LocalSource(tmp_path / "t.pt") as source:
         file = TorchFile(source)
         assert len(file.records) > 66_000
         assert (file.defects, file.oddities) == ([], [])
-        assert time.perf_counter() - began < 3
+        assert time.process_time() - began < 3
 
 
 def test_records_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
@@ -512,9 +512,9 @@ def test_an_archive_of_hostile_size_is_refused_quickly(tmp_path: Path) -> None:
         locator = struct.pack("<4sIQI", b"PK\6\7", 0, offset + len(directory), 1)
         end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory), offset, 0)
         (tmp_path / "o.pt").write_bytes(body + directory + end64 + locator + end)
-        began = time.perf_counter()
+        began = time.process_time()
         assert facts_of(tmp_path / "o.pt").defects
-        assert time.perf_counter() - began < 3
+        assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("where", ["state_dict", "optimizer_states"])

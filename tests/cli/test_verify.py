@@ -10,7 +10,6 @@ import select
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -513,10 +512,7 @@ def test_names_that_are_no_text_are_shown_and_break_nothing(good: Path, tmp_path
 # The start
 
 
-def test_help_is_there_at_once_and_imports_no_more_than_it_needs(good: Path) -> None:
-    began = time.perf_counter()
-    assert enstack("verify", "--help").returncode == 0
-    assert time.perf_counter() - began < 2, "0.2 s on an idle machine"
+def test_a_verification_imports_no_more_than_it_needs(good: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "enstack_lightning", "verify", str(good)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

