@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,6 +26,7 @@ from enstack_lightning.checkpoint.readers import shard_pieces
 from enstack_lightning.checkpoint.readers.shard_metadata import MetadataDefectError, nested
 from enstack_lightning.checkpoint.readers.sharded import is_sharded_folder, read_sharded
 from enstack_lightning.checkpoint.rules.safety import METADATA_GLOBALS
+from enstack_lightning.guard.loading.choice import choose, choose_newest, set_aside, what_it_costs
 
 TRAIN = Path(__file__).with_name("train_sharded.py")
 DATA = "__0_0.distcp"
@@ -517,3 +519,34 @@ def test_the_directory_of_shards_is_read_whole(plain: Path) -> None:
     everything = verify_checkpoint(plain).facts.files
     unread = sum(f.not_read + f.without_checksum for f in everything if f.name != ".metadata")
     assert report.coverage.bytes_not_read == unread
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_run_behind_a_url_falls_back_from_shards_to_older_shards(slash: str, trained_in_shards: Path) -> None:
+    files = fsspec.filesystem("memory")
+    run, older = f"memory://shards{len(slash)}", "step=15.ckpt.corrupt"
+    for step in (9, 12, 15):
+        files.put(str(trained_in_shards / f"step={step}.ckpt"), f"{run}/step={step}.ckpt", recursive=True)
+    files.rm(f"{run}/step=15.ckpt/__1_0.distcp")
+    files.pipe(f"{run}/step=12.ckpt/.metadata", b"cut")
+    files.pipe(f"{run}/step=12.ckpt.manifest.json", b"{}")
+    files.pipe(f"{run}/{older}/meta.pt", b"of an earlier fallback")
+    choice = choose(f"{run}/step=15.ckpt{slash}", verify_checkpoint, "previous")
+    assert choice.path == f"{run}/step=9.ckpt"
+    assert [report.path for report in choice.refused] == [f"{run}/step=15.ckpt{slash}", f"{run}/step=12.ckpt"]
+    moved = set_aside(choice.refused)
+    assert moved == {
+        f"{run}/step=15.ckpt{slash}": f"{run}/step=15.ckpt.2.corrupt",
+        f"{run}/step=12.ckpt": f"{run}/step=12.ckpt.corrupt",
+    }
+    assert "at step 9, which costs 6 of 15 steps" in what_it_costs(choice, moved, strict=False)
+    names = {name.partition("/step=")[2] for name in files.find(run)}
+    assert {n for n in names if n.startswith("15")} == {
+        f"15.ckpt.2.corrupt/{name}" for name in (".metadata", "__0_0.distcp", "meta.pt")
+    } | {"15.ckpt.corrupt/meta.pt"}
+    assert "12.ckpt.corrupt.manifest.json" in names
+    assert files.cat(f"{run}/step=12.ckpt.corrupt/.metadata") == b"cut"
+    assert not any(name.startswith(("12.ckpt/", "15.ckpt/")) for name in names)
+    newest = choose_newest([f"{run}{slash}"], verify_checkpoint)
+    assert newest is not None
+    assert newest.path == f"{run}/step=9.ckpt"

@@ -92,7 +92,8 @@ def choose_newest(folders: Iterable[str | os.PathLike[str]], verify: Verify, str
 
 def checkpoints_beside(path: str) -> list[str]:
     """The other checkpoints in the folder that `path` stands in: what is named `.ckpt`, and is not being written."""
-    return [other for other in _checkpoints_in(_parent(locate(path))) if other != str(locate(path))]
+    asked = str(locate(path)).rstrip("/")  # a URL keeps the slash after a folder's name
+    return [other for other in _checkpoints_in(_parent(locate(path))) if other != asked]
 
 
 def set_aside(reports: Iterable[Report]) -> dict[str, str]:
