@@ -28,7 +28,7 @@ benchmark: $(INSTALLED)
 
 # Lightning's own tests without the guard and with it; LIGHTNING is a checkout of Lightning at the installed version.
 lightning-tests: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/lightning_tests.py $(LIGHTNING)
+	$(BIN)/python tests/benchmarks/lightning_tests.py $(LIGHTNING) $(if $(KEPT),--kept $(KEPT))
 
 # torch first and with its exact version: a bare `torch` would bring gigabytes of CUDA packages.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -3,6 +3,7 @@ one lost."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -325,17 +326,58 @@ def test_a_checkpoint_io_that_writes_folders(exchange: bool, tmp_path: Path, mon
     assert names(tmp_path) == []
 
 
-class Later(TorchCheckpointIO):
-    """Returns before it has written."""
+class Elsewhere(CheckpointIO):
+    """Keeps checkpoints in memory, by their paths."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.kept[str(path)] = copy.deepcopy(checkpoint)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded: dict[str, Any] = self.kept[str(path)]
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        del self.kept[str(path)]
+
+
+def test_a_checkpoint_io_that_writes_elsewhere_is_left_to_it_and_that_is_said_once(
+    tmp_path: Path, recwarn: Any
+) -> None:
+    saves = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=1)
+    elsewhere = Elsewhere()
+    fit(tmp_path, saves, plugins=[elsewhere], max_steps=4)
+    (first, *others) = elsewhere.kept
+    assert ".guard.tmp" in first
+    assert others == [str(tmp_path / "c" / "step=4.ckpt")]
+    assert names(tmp_path / "c") == []
+    (said,) = [str(w.message) for w in recwarn if "wrote nothing" in str(w.message)]
+    assert said.startswith("CheckpointGuard: Elsewhere wrote nothing at the path it was given")
+
+    resumed = quiet_trainer(tmp_path, CheckpointGuard(), plugins=[elsewhere], max_steps=6)
+    resumed.fit(TinyModule(), ckpt_path=others[0])
+    assert resumed.global_step == 6
+
+
+class OnceThenNever(TorchCheckpointIO):
+    """Fails without a word at its second save."""
+
+    saves = 0
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.saves += 1
+        if self.saves == 1:
+            super().save_checkpoint(*args, **kwargs)
 
 
-def test_a_checkpoint_io_that_has_not_written_when_it_returns_is_an_error(tmp_path: Path) -> None:
-    trainer = fit(tmp_path, max_epochs=1, plugins=[Later()])
-    with pytest.raises(CheckpointSaveError, match="Later wrote nothing at the path"):
-        trainer.save_checkpoint(tmp_path / "c.ckpt")
+def test_a_checkpoint_io_that_wrote_before_and_leaves_nothing_is_an_error(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, max_epochs=1, plugins=[OnceThenNever()])
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    with pytest.raises(CheckpointSaveError, match="OnceThenNever wrote nothing at the path it was given, as it did be"):
+        trainer.save_checkpoint(tmp_path / "d.ckpt")
+    assert names(tmp_path) == ["c.ckpt", "c.ckpt.manifest.json"]
 
 
 def test_an_async_checkpoint_io_commits_in_its_thread(tmp_path: Path) -> None:

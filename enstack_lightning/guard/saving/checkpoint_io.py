@@ -68,7 +68,9 @@ class GuardedCheckpointIO(CheckpointIO):
     - Strategies that shard (FSDP, DeepSpeed, `ModelParallelStrategy` with `save_distributed_checkpoint`) write past
       every CheckpointIO; `ShardedSaves` lets them write beside the place, and says what they promise.
 
-    A CheckpointIO that returns before it has written (other than an `AsyncCheckpointIO`) is refused with an error.
+    A CheckpointIO that writes nothing at the first path it is given writes elsewhere, or later: that is said once, and
+    from then on it is given the paths that were asked for and promises what it promises without the guard. If it has
+    written before, a save that leaves nothing is an error.
 
     Args:
         checkpoint_io: the CheckpointIO that reads and writes.
@@ -92,6 +94,7 @@ class GuardedCheckpointIO(CheckpointIO):
         self.resumed_from: str | None = None
         self._cleaned: set[Path] = set()
         self._warned = False
+        self._writes_where_told: bool | None = None
         self.background: BackgroundSaves | None = None
 
     # Saving
@@ -112,22 +115,25 @@ class GuardedCheckpointIO(CheckpointIO):
         asked, path = path, self.place_for(checkpoint, path)
         target = local_path(path)
         try:
-            if target is not None and not is_device(target):
+            saved = None
+            if target is not None and not is_device(target) and self._writes_where_told is not False:
                 self.remove_leftovers(target.parent)
                 with self._explained(target):
-                    place, level = self._save(checkpoint, target, storage_options)
-            else:
+                    saved = self._save(checkpoint, target, storage_options)
+            if saved is None:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-                place, level = str(path), self.retention.level(str(path))[0]
-            self.release(place, level)
+                saved = str(path), self.retention.level(str(path))[0]
+            self.release(*saved)
             is_saved = True
         finally:
             self.retention.settle(_name(asked), is_saved)
 
-    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, Level]:
-        """Saves; returns where the checkpoint stands now, and how good it is."""
+    def _save(self, checkpoint: dict[str, Any], target: Path, storage_options: Any) -> tuple[str, Level] | None:
+        """Saves; returns where the checkpoint stands now, and how good it is. None: it is not written where told."""
         with staging(target) as staged:
             entry = self._write(checkpoint, staged, storage_options)
+            if self._writes_where_told is False:
+                return None
             if self.verify_after_save:
                 self._compare(checkpoint, staged, entry)
             return self.commit(checkpoint, staged, target, entry and (entry,))
@@ -164,13 +170,19 @@ class GuardedCheckpointIO(CheckpointIO):
                     raise
                 return file.finish()
         self.checkpoint_io.save_checkpoint(checkpoint, staged, storage_options=storage_options)
-        if not os.path.lexists(staged):
-            raise CheckpointGuardError(
-                f"{type(self.checkpoint_io).__name__} wrote nothing at the path it was given. If it writes in the "
-                "background, put it into Lightning's AsyncCheckpointIO instead; if it writes elsewhere, the guard "
-                "cannot see to its files"
-            )
-        sync(staged)
+        if os.path.lexists(staged):
+            self._writes_where_told = True
+            sync(staged)
+            return None
+        nothing = f"{type(self.checkpoint_io).__name__} wrote nothing at the path it was given"
+        if self._writes_where_told:
+            raise CheckpointGuardError(f"{nothing}, as it did before")
+        self._writes_where_told = False
+        rank_zero_warn(
+            f"CheckpointGuard: {nothing}. From now on it saves as it does without the guard: its checkpoints are not "
+            "moved into place in one step, and have no manifest. If it writes in the background, put it into "
+            "Lightning's AsyncCheckpointIO instead"
+        )
         return None
 
     def _compare(self, checkpoint: dict[str, Any], staged: Path, entry: ManifestEntry | None) -> None:
