@@ -1,6 +1,6 @@
 """What the guard costs, on a checkpoint of CodeBERT's shape (1.5 GB). Run by hand:
 
-    python tests/benchmarks/bench_guard.py [--only saves resume steps cli] [--repeats 5] [--folder DIR]
+    python tests/benchmarks/bench_guard.py [--only saves resume steps fit cli] [--repeats 5] [--folder DIR]
 
 Every figure is measured in this run: each way of doing a thing in turn, again and again, and the medians compared. A
 plain save without an fsync leaves most of the file in memory only, and is shown for what it hides.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from bench_verify import lightning_dict, verdict, weights_of
+from fit_runs import WAYS, measure_fit
 from guard_runs import measure_cli, measure_resume, measure_steps, write_checkpoint, write_cli_checkpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -138,6 +139,23 @@ def of_steps(folder: Path, layers: int, repeats: int) -> list[str]:
     return [verdict("guard in training, per step, against none, % more", more, "<= 1", more <= 1)]
 
 
+def of_fit(folder: Path, layers: int, repeats: int) -> list[str]:
+    found = measure_fit(folder, rounds=2 * repeats, batches=20)
+    print(f"\n{f'enstack fit, sums of medians of {2 * repeats} runs':34} " + " ".join(f"{way:>15}" for way in WAYS))
+    more = {}
+    for name, taken in found.items():
+        without, guarded, again = (taken[way] for way in WAYS)
+        more[name], noise = 100 * (guarded / without - 1), 100 * (again / without - 1)
+        print(f"{name + ' seconds':34} " + " ".join(f"{taken[way]:15.3f}" for way in WAYS))
+        print(f"{'  % more than without':34} {'':15} {more[name]:15.2f} {noise:15.2f}")
+    return [
+        verdict(
+            "enstack fit between saves, processor time, % more", figure := more["steps, processor"], "<= 3", figure <= 3
+        ),
+        verdict("enstack fit between saves, time, % more", figure := more["steps, wall"], "<= 3", figure <= 3),
+    ]
+
+
 def of_cli(folder: Path, layers: int, repeats: int) -> list[str]:
     layers = layers * 17 // 12  # without CodeBERT's large vocabulary
     path = write_cli_checkpoint(folder, layers)
@@ -148,7 +166,7 @@ def of_cli(folder: Path, layers: int, repeats: int) -> list[str]:
     return [verdict("enstack fit --ckpt_path over plain LightningCLI", ratio, "< 1", ratio < 1)]
 
 
-MEASURES = {"saves": measure_saves, "resume": of_resume, "steps": of_steps, "cli": of_cli}
+MEASURES = {"saves": measure_saves, "resume": of_resume, "steps": of_steps, "fit": of_fit, "cli": of_cli}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
