@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.guard.loading import decision
 
+decision._WAITS = ()
+
 
 class Module(LightningModule):
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from enstack_lightning.checkpoint import Format, Report
 from enstack_lightning.checkpoint.location import Location, locate
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
-from enstack_lightning.guard.flavor import is_a, is_just, lightning_base
+from enstack_lightning.guard.flavor import is_a, is_just, lightning_base, rank_zero_warn
+from enstack_lightning.guard.ranks import gathered
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 _ENDS = 256 * 2**10
 """Bytes of a file's end that ranks compare: a torch file has its directory there, with every record's checksum."""
+
+_WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between the looks of ranks that do not see the same: a network file system may show a file late."""
 
 Contents = dict[str, str]
 """What a rank sees at a path: for each file its size and the digest of its two ends."""
@@ -129,10 +134,12 @@ def judged_on_rank_zero(trainer: Trainer, asked: str | None, judge: Judge) -> De
     Whatever goes wrong on rank 0 is raised on every rank, so that none waits for the others.
 
     Raises:
-        CheckpointGuardError: the checkpoint is refused, or another rank sees something else at its path.
+        CheckpointGuardError: the checkpoint is refused, another rank sees something else at its path, or rank 0 alone
+            would start anew.
     """
     if trainer.world_size == 1:
         return judge(asked) if asked is not None else Decision(None)
+    _compare_what_was_asked(gathered(asked))
     failure: Exception | None = None
     said: tuple[Decision, Contents] | str = ""
     if trainer.is_global_zero:
@@ -147,6 +154,24 @@ def judged_on_rank_zero(trainer: Trainer, asked: str | None, judge: Judge) -> De
     decision, expected = said
     _check_that_all_see(trainer, decision, expected)
     return decision
+
+
+def _compare_what_was_asked(of_all: list[str | None]) -> None:
+    """Each process finds by itself what `last`, `auto` or a job's requeueing mean; rank 0's answer is that of all."""
+    mine, *_ = of_all
+    others = [f"rank {rank} was given {path}" for rank, path in enumerate(of_all) if path not in (None, mine)]
+    if not others:
+        return
+    more = f" and {len(others) - 3:,} more were given others" if len(others) > 3 else ""
+    if mine is None:
+        raise CheckpointGuardError(
+            f"rank 0 was given no checkpoint and would start anew, but {', '.join(others[:3])}{more}. Name the "
+            "checkpoint, or see to it that all processes see the same files"
+        )
+    rank_zero_warn(
+        f"CheckpointGuard: all ranks load {mine}, as rank 0 was given; {', '.join(others[:3])}{more}. See to it that "
+        "all processes see the same files"
+    )
 
 
 def contents(path: str | None) -> Contents:
@@ -175,9 +200,12 @@ def _ends(file: Location) -> str:
 
 
 def _check_that_all_see(trainer: Trainer, decision: Decision, expected: Contents) -> None:
-    seen = contents(decision.path)
-    if trainer.strategy.reduce_boolean_decision(seen == expected):
-        return
+    for seconds in (*_WAITS, None):
+        seen = contents(decision.path)
+        if trainer.strategy.reduce_boolean_decision(seen == expected):
+            return
+        if seconds is not None:
+            time.sleep(seconds)
     of_all: list[Contents] = [trainer.strategy.broadcast(seen, src=rank) for rank in range(trainer.world_size)]
     differences = [
         f"rank {rank} sees {name}: {found.get(name, 'it is missing')}; rank 0: {expected.get(name, 'it is missing')}"

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
 
+_HANDED_OVER = ".temp.ckpt"
+"""The weights that processes which Lightning has spawned give back to the first one, which removes this file alone."""
 PlaceFor = Callable[[Mapping[str, Any], str | Path], str | Path]
 """Where to save a checkpoint that was to stand at a path."""
 
@@ -154,7 +156,7 @@ class GuardedCheckpointIO(CheckpointIO):
         with without_manifest(place):
             put_in_place(staged, place)
         _sync_name(place)
-        if place == target and not is_folder:
+        if place == target and not is_folder and target.name != _HANDED_OVER:
             write_save_manifest(target, checkpoint, entries)
         return str(place), level
 
