@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint import Facts, Options, Report, failure_of, verify_checkpoint
+from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.checkpoint.resume import plan_resume
+from enstack_lightning.cli.output import say
 from enstack_lightning.errors import CheckpointError, DataError
 
 LAYOUTS = ("enstack", "huggingface")
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `enstack export CKPT FOLDER --layout enstack|huggingface`."""
     arguments = _parser().parse_args(argv[1:])
     written = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.layout)
-    print(f"{arguments.layout} folder written to {arguments.folder}: {', '.join(written)}")
+    say(printable(f"{arguments.layout} folder written to {arguments.folder}: {', '.join(written)}"))
     return 0
 
 

@@ -44,32 +44,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 failed, 2 the call itself is wrong."""
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as `| head` does
+        status = EXIT_FAILED
+    return status if _is_written() else EXIT_FAILED
+
+
+def _is_written() -> bool:
+    """Whether standard output takes the rest of what was written to it; what it does not take would fail again."""
+    try:
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has seen enough, as `| head` does
+    except OSError as e:
+        if not isinstance(e, BrokenPipeError):
+            print(f"enstack: standard output cannot be written: {e.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    return status
+        return False
+    return True
 
 
 def _run(arguments: list[str]) -> int:
+    from enstack_lightning.checkpoint.rendering.plain import printable
+    from enstack_lightning.cli.output import say
+
     name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0 if arguments else EXIT_WRONG_CALL
-    if name == "--version":
-        print(f"enstack {__version__}")
-        return 0
-    if name not in COMMANDS:
-        print(f"enstack: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return EXIT_WRONG_CALL
+    command = f"enstack {name}" if name in COMMANDS else "enstack"
     try:
+        if name in ("-h", "--help"):
+            say(_help())
+            return 0 if arguments else EXIT_WRONG_CALL
+        if name == "--version":
+            say(f"enstack {__version__}")
+            return 0
+        if name not in COMMANDS:
+            print(f"enstack: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+            return EXIT_WRONG_CALL
         return int(import_module(COMMANDS[name].module).main(arguments))
     except EnStackError as e:
-        print(f"enstack {name}: {e}", file=sys.stderr)
+        print(f"{command}: {printable(str(e))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"enstack {name}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -56,6 +56,8 @@ def output_to(path: str | None) -> Iterator[Output]:
     if path is None:
         yield Output(sys.stdout, "standard output", style_of(sys.stdout))
         return
+    if not path:
+        raise OutputError("--output names no file; is a variable of the script unset?")
     target = Path(path)
     try:
         if target.is_dir():
@@ -77,6 +79,17 @@ def output_to(path: str | None) -> Iterator[Output]:
         raise OutputError(f"{path} cannot be written: {e.strerror or e}") from e
     finally:
         part.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    """Writes a text to standard output, as it can show it.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        OutputError: the disk is full, or the like.
+    """
+    with output_to(None) as output:
+        output.write(text)
 
 
 def style_of(stream: IO[str] | None) -> Style:

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.checkpoint.wording import many
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
+from enstack_lightning.cli.output import say
 from enstack_lightning.cli.progress import ProgressBar, wants_progress
 from enstack_lightning.errors import EnStackError
 
@@ -96,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = config_of(Path(arguments.run_dir))
     except EnStackError as e:
-        print(f"enstack resume-check: {e}", file=sys.stderr)
+        print(f"enstack resume-check: {printable(str(e))}", file=sys.stderr)
         return 2
     folder = Path(tempfile.mkdtemp(prefix="enstack-resume-check-"))
     try:
@@ -112,14 +114,27 @@ def config_of(run: Path) -> Path:
     """The configuration that a run was started with: the file itself, or the youngest `config.yaml` in its folder.
 
     Raises:
-        EnStackError: there is none.
+        EnStackError: there is none, or it is no YAML.
     """
     if run.is_file():
-        return run
+        return _checked(run)
     found = [*run.glob("config.yaml"), *run.glob("*/config.yaml")]
     if not found:
         raise EnStackError(f"{run} holds no config.yaml of a run; name the folder of a run, or its configuration")
-    return max(found, key=lambda file: file.stat().st_mtime)
+    return _checked(max(found, key=lambda file: file.stat().st_mtime))
+
+
+def _checked(config: Path) -> Path:
+    import yaml
+
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is no YAML"
+        raise EnStackError(f"{config} cannot be read as the configuration of a run: {reason}") from e
+    if not isinstance(content, dict):
+        raise EnStackError(f"{config} holds no run: it must be a mapping with trainer, model and data")
+    return config
 
 
 def _check(config: Path, folder: Path, arguments: argparse.Namespace) -> int:
@@ -278,23 +293,31 @@ def _show(
     if form == "json":
         difference = None if found is None else {**asdict(found), "cause": cause}
         verdict = "fail" if found else "pass"
-        print(json.dumps({"version": 1, "verdict": verdict, "kills": list(ends), "difference": difference}))
-        return
+        say(json.dumps({"version": 1, "verdict": verdict, "kills": list(ends), "difference": difference}))
+    else:
+        say("\n".join(_result(config, undisturbed, resumed, ends, found, cause)))
+
+
+def _result(
+    config: Path,
+    undisturbed: Sequence[Line],
+    resumed: Sequence[Line],
+    ends: Sequence[str],
+    found: Difference | None,
+    cause: str,
+) -> Iterator[str]:
     steps, twice = undisturbed[-1]["step"], len(resumed) - len({(line["epoch"], line["batch"]) for line in resumed})
     epochs = 1 + max(line["epoch"] for line in undisturbed)
-    print(f"run          {config}")
-    print(
-        f"trained      {many(steps, 'step')} in {many(epochs, 'epoch')}, {many(len(undisturbed), 'batch', 'batches')}"
-    )
-    for end in ends:
-        print(f"killed       {end}")
-    print(f"again        {many(twice, 'batch', 'batches')} of the killed process, lost with it and trained again")
-    print("compared     data, random state, learning rates, loss, weights and optimizer after every batch")
+    yield f"run          {printable(str(config))}"
+    yield f"trained      {many(steps, 'step')} in {many(epochs, 'epoch')}, {many(len(undisturbed), 'batch', 'batches')}"
+    yield from (f"killed       {end}" for end in ends)
+    yield f"again        {many(twice, 'batch', 'batches')} of the killed process, lost with it and trained again"
+    yield "compared     data, random state, learning rates, loss, weights and optimizer after every batch"
     if found is None:
-        print("verdict      PASS: the resumed run equals the undisturbed one, bit for bit")
-        return
-    print(f"verdict      FAIL: they part at {found}")
-    print(f"likely cause {cause}")
+        yield "verdict      PASS: the resumed run equals the undisturbed one, bit for bit"
+    else:
+        yield f"verdict      FAIL: they part at {found}"
+        yield f"likely cause {cause}"
 
 
 def _parser() -> argparse.ArgumentParser:

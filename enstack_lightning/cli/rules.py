@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from enstack_lightning.checkpoint import RULES, Rule
+from enstack_lightning.checkpoint.rendering.plain import printable
+from enstack_lightning.cli.output import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,15 +17,15 @@ def main(argv: Sequence[str]) -> int:
     rules = sorted(RULES.values(), key=lambda rule: rule.code)
     for wanted in arguments.codes:
         if not any(rule.code.startswith(wanted.upper()) for rule in rules):
-            print(f"enstack rules: there is no rule {wanted}; `enstack rules` lists them", file=sys.stderr)
+            print(f"enstack rules: there is no rule {printable(wanted)}; `enstack rules` lists them", file=sys.stderr)
             return 2
     explained = [rule for rule in rules if rule.code.startswith(tuple(c.upper() for c in arguments.codes))]
     if arguments.format == "markdown":
-        print("\n".join(_markdown(explained if arguments.codes else rules)))
+        say("\n".join(_markdown(explained if arguments.codes else rules)))
     elif arguments.codes:
-        print("\n\n".join("\n".join(_explanation(rule)) for rule in explained))
+        say("\n\n".join("\n".join(_explanation(rule)) for rule in explained))
     else:
-        print("\n".join(_table(rules)))
+        say("\n".join(_table(rules)))
     return 0
 
 

@@ -1,0 +1,111 @@
+"""Calls that go wrong: one clear sentence, the right exit status, no traceback, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ENSTACK = (sys.executable, "-m", "enstack_lightning")
+
+CALLS: dict[str, tuple[Sequence[str], int, str]] = {
+    "no command": ([], 2, ""),
+    "an unknown command": (["x\x1b[31m"], 2, "enstack: 'x\\x1b[31m' is no command"),
+    "an unknown rule": (["rules", "XX\n"], 2, "there is no rule XX\\n; `enstack rules` lists them"),
+    "an unknown rule to select": (["verify", "good.ckpt", "--select", "XX"], 2, "--select XX: no rule's code"),
+    "an unset variable for the report": (["verify", "good.ckpt", "--output", ""], 2, "--output names no file"),
+    "a folder for the report": (["verify", "good.ckpt", "--output", "empty"], 2, "empty cannot be written: it is"),
+    "a folder that is not there": (["verify", "good.ckpt", "--output", "no/x"], 2, "no/x cannot be written: No such"),
+    "a checkpoint for the config": (["verify", "good.ckpt", "--config", "good.ckpt"], 2, "good.ckpt is no YAML"),
+    "a folder for the config": (["verify", "good.ckpt", "--config", "empty"], 2, "empty cannot be read: Is a dir"),
+    "an empty folder": (["verify", "empty"], 1, ""),
+    "a pipe": (["verify", "pipe"], 1, ""),
+    "a device": (["verify", "/dev/null"], 1, ""),
+    "two paths, one bad": (["verify", "good.ckpt", "none.ckpt"], 1, ""),
+    "a store of no known kind": (["verify", "foo://x"], 1, ""),
+    "a URL with nothing behind it": (["verify", "memory://none/x.ckpt"], 1, ""),
+    "a name of bytes that are no text": (["verify", os.fsdecode(b"bad\xff.ckpt")], 1, ""),
+    "a manifest of nothing": (["manifest", "none.ckpt"], 1, "none.ckpt gets no manifest, as it fails: CK101"),
+    "a manifest of a pipe": (["manifest", "pipe"], 1, "pipe gets no manifest, as it fails: CK102"),
+    "a manifest of a URL": (["manifest", "memory://none/x.ckpt"], 1, "x.ckpt gets no manifest"),
+    "a ledger of a folder without one": (["ledger", "empty"], 2, "empty holds no sample ledger"),
+    "a ledger of a file": (["ledger", "good.ckpt"], 2, "good.ckpt is no folder of a run"),
+    "a check of an empty folder": (["resume-check", "empty"], 2, "empty holds no config.yaml of a run"),
+    "a check of a checkpoint": (["resume-check", "good.ckpt"], 2, "configuration of a run: it is no YAML"),
+    "a check of a list": (["resume-check", "list.yaml"], 2, "list.yaml holds no run: it must be a mapping"),
+    "a check of no step": (["resume-check", "empty", "--steps", "0"], 2, "--steps is 0 and must be at least 4"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad day")
+    shutil.copy(trained / "step=7.ckpt", folder / "good.ckpt")
+    (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "list.yaml").write_text("- 1\n")
+    return folder
+
+
+def enstack(place: Path, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run([*ENSTACK, *arguments], **{**streams, "timeout": 60, "cwd": place, **options})  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_goes_wrong_ends_with_a_sentence(name: str, place: Path) -> None:
+    arguments, status, says = CALLS[name]
+    before = sorted(path.name for path in place.iterdir())
+    done = enstack(place, *arguments)
+    assert done.returncode == status, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) <= (1 if not done.stderr.startswith("usage") else 8)
+    assert done.stdout or done.stderr
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["rules"], ["rules", "CK4"], ["verify", "good.ckpt"], ["manifest", "good.ckpt"], ["--version"], []]
+)
+def test_a_full_disk_behind_standard_output_is_said(arguments: list[str], place: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = enstack(place, *arguments, stdout=full)
+    assert done.returncode in (1, 2)
+    assert done.stderr.endswith("standard output cannot be written: No space left on device\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["rules"], ["verify", "-v", "good.ckpt"], ["--help"]])
+def test_a_reader_that_has_gone_ends_it_without_a_word(arguments: list[str], place: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = enstack(place, *arguments, stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_interrupt_ends_a_verification_with_130(place: Path) -> None:
+    with (place / "holes.safetensors").open("wb") as file:  # as many zeros as take a while to read
+        count = 4 << 30
+        header = f'{{"w":{{"dtype":"F32","shape":[{count // 4}],"data_offsets":[0,{count}]}}}}'.encode()
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + count)
+    command = [*ENSTACK, "verify", "--deep", "holes.safetensors"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        (place / "holes.safetensors").unlink()
+    assert (process.returncode, out, said) == (130, "", "enstack verify: interrupted\n")
