@@ -59,6 +59,10 @@ class Rank:
         """The error that it ended with, in the words of the process."""
         return next((line for line in self.said if line.startswith("raised ")), "")
 
+    def numbers(self, what: str) -> list[int]:
+        """The numbers in the lines that say `what NUMBER`."""
+        return [int(line.split()[1]) for line in self.said if line.startswith(f"{what} ")]
+
 
 def run_ranks(work: Work, kill: Kill | None = None, victims: Sequence[int] = (), log: Path | None = None) -> list[Rank]:
     """Runs `work` in two processes of one group, kills the victims when any process tells that it is time, and waits.
