@@ -277,6 +277,8 @@ class CheckpointGuard(Callback):
             restore_loader_position(trainer)
         if self._restart is not None:
             self._restart.count_batches_of_another_size()
+            if self._loaded is not None and self._restart.has_order and not self._restart.order_kept:
+                self._loaded = dataclasses.replace(self._loaded, loader_position=False)
         self._run = run_of(trainer, self._given)
         self._health.start(trainer, self._checkpoint_io)
         if self._loaded is None:

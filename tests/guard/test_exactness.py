@@ -83,7 +83,17 @@ def test_an_accelerator_is_exact_only_with_deterministic_algorithms() -> None:
     assert of_device(cuda) == []
 
 
-def test_a_plain_loader_in_the_middle_of_an_epoch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def without_order(checkpoint: dict[str, Any]) -> None:
+    """As one that was saved before the guard kept it."""
+    del checkpoint["callbacks"]["CheckpointGuard"]["resume"]["ranks"][0]["order"]
+
+
+def test_a_plain_loader_in_the_middle_of_an_epoch_is_exact_where_its_order_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path), max_epochs=1).fit(Plain())
-    line = said(tmp_path / "step=3.ckpt", tmp_path, caplog, Plain())
-    assert "2 batches are trained twice" in line
+    assert said(tmp_path / "step=3.ckpt", tmp_path, caplog, Plain()) == "bit for bit"
+    caplog.clear()
+    path = edited(tmp_path / "step=3.ckpt", tmp_path / "c.ckpt", without_order)
+    line = said(path, tmp_path, caplog, Plain())
+    assert "2 batches are trained twice, since the loader's position is not in the checkpoint" in line

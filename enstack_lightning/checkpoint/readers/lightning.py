@@ -87,15 +87,17 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         versions=_versions(checkpoint, guard),
         callbacks=_state_keys(checkpoint.get("callbacks")),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
-        loader_position=bool(at(checkpoint, _LOADERS)),
+        loader_position=bool(at(checkpoint, _LOADERS)) or _of_all_ranks(guard, "order"),
         loader_spent=_is_spent(checkpoint) and moment is None,
         moment=moment if isinstance(moment, str) else None,
-        part_gradients=_has_gradients(at(guard, ["resume", "ranks"])),
+        part_gradients=_of_all_ranks(guard, "gradients"),
     )
 
 
-def _has_gradients(ranks: object) -> bool:
-    return isinstance(ranks, list) and bool(ranks) and all(bool(at(rank, ["gradients"])) for rank in ranks)
+def _of_all_ranks(guard: object, name: str) -> bool:
+    """Whether the guard has saved something of this name for every process."""
+    ranks = at(guard, ["resume", "ranks"])
+    return isinstance(ranks, list) and bool(ranks) and all(bool(at(rank, [name])) for rank in ranks)
 
 
 def _is_spent(checkpoint: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
+from enstack_lightning.guard.restart.plain_order import draws_in_workers
 from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _LOST = {
     "CK916": "a state was dropped",
 }
 """By the rule that found it."""
+_NO_POSITION = "loader's position is not in the checkpoint"
 
 
 def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Trainer) -> list[str]:
@@ -46,7 +48,13 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append("it was saved in the middle of a step, and what was left of that step is not done again")
     if report.resume is not None and report.resume.batches_repeated:
         count = many(report.resume.batches_repeated, "batch is", "batches are")
-        lost.append(f"{count} trained twice, since the loader's position is not in the checkpoint")
+        why = "loader gives other batches than before" if restart and restart.has_order else _NO_POSITION
+        lost.append(f"{count} trained twice, since the {why}")
+    if restart is not None and restart.order_kept and draws_in_workers(trainer):
+        lost.append(
+            "what a data set draws at random in workers of a plain DataLoader is drawn anew, and else all is the same; "
+            "a StatefulDataLoader keeps it"
+        )
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 

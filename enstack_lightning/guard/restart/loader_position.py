@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from enstack_lightning.guard.restart.plain_order import forget_order, know_order
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -93,6 +95,8 @@ def _generators(trainer: Trainer) -> Iterator[tuple[str, torch.Generator]]:
 def keep_random_state_of_workers(trainer: Trainer) -> None:
     """Lets stateful loaders with workers save each worker's random state with their positions, from now on.
 
+    And lets plain loaders know their order (`plain_order`).
+
     torchdata asks a data set in a worker for its state after every batch. One that has none answers with the worker's
     generators, so that random augmentation goes on where it stood.
     """
@@ -101,6 +105,7 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
     def before_the_iterator_is_made() -> None:
         for loader in loop._combined_loader.flattened if loop._combined_loader is not None else ():
             _give_state(loader)
+            know_order(loader)
         type(loop)._load_combined_loader_states(loop)
 
     if hasattr(type(loop), "_load_combined_loader_states"):
@@ -108,8 +113,11 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
 
 
 def stop_keeping_random_state_of_workers(trainer: Trainer) -> None:
-    """Gives the fit loop its own method back."""
+    """Gives the fit loop its own method back, and plain loaders their own batch samplers."""
     vars(trainer.fit_loop).pop("_load_combined_loader_states", None)
+    combined = trainer.fit_loop._combined_loader
+    for loader in combined.flattened if combined is not None else ():
+        forget_order(loader)
 
 
 def _give_state(loader: Any) -> None:

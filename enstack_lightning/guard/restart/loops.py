@@ -13,6 +13,7 @@ of the middle of a step (an exception) restarts as Lightning restarts it, with r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
+from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
@@ -67,6 +69,10 @@ class ExactRestart:
         self.batch_size = (state.get("run") or {}).get("batch_size")
         self._give_searches_back: Callable[[], None] = lambda: None
         ranks = self.resume.get("ranks") or [{"random_state": state.get("random_state")}]
+        self.has_order = any(rank.get("order") for rank in ranks)
+        """Whether the checkpoint holds the order of a plain loader."""
+        self.order_kept: bool | None = None
+        """Whether that loader goes on in the epoch's order; None until it is made."""
         alike = len(ranks) == trainer.world_size
         self.mine: dict[str, Any] = ranks[trainer.global_rank] if alike else _of_others(ranks[0])
         if not alike:
@@ -87,6 +93,7 @@ class ExactRestart:
         if self.point in _IN_EPOCH:
             _once(loop.epoch_loop, "advance", self._advance)
         self._give_searches_back = skip_searches(self.trainer, self.batch_size)
+        self._restore_order_with_the_loader()
 
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
@@ -100,6 +107,9 @@ class ExactRestart:
     def _reset(self) -> None:
         loop = self.trainer.fit_loop
         batch = loop.epoch_loop.batch_progress
+        if self.mine.get("order") and self.order_kept is None and loop._data_fetcher is not None:
+            self._restore_order()  # the loader was made before the checkpoint was loaded
+            iter(loop._data_fetcher)
         spent = self.point == "elsewhere" and batch.is_last_batch and batch.current.completed < batch.current.processed
         if self.point in _IN_EPOCH:
             for tracker in (batch.total, batch.current):
@@ -151,6 +161,25 @@ class ExactRestart:
         self.trainer._logger_connector.update_train_step_metrics()
 
     # Parts
+
+    def _restore_order_with_the_loader(self) -> None:
+        """When the training loader is made, before its iterator is."""
+        loop = self.trainer.fit_loop
+        if not self.mine.get("order") or not hasattr(loop, "_load_combined_loader_states"):
+            return
+        before = loop._load_combined_loader_states
+
+        def load() -> None:
+            loop._load_combined_loader_states = before
+            before()
+            self._restore_order()
+
+        loop._load_combined_loader_states = load
+
+    def _restore_order(self) -> None:
+        self.order_kept = restore_order(self.trainer, self.mine["order"])
+        if self.order_kept:  # what Lightning says of loaders without a position is not so
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     def _end_epoch(self) -> None:
         """The rest of `FitLoop.on_advance_end`, after the callbacks."""

@@ -18,6 +18,7 @@ from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.loader_position import capture_generators, loader_states
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
+from enstack_lightning.guard.restart.plain_order import capture_order
 from enstack_lightning.guard.restart.rng import capture_random_state
 from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 
@@ -48,6 +49,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "epoch": capture_epoch_state(trainer),
         "generators": capture_generators(trainer),
         "gradients": {},
+        "order": capture_order(trainer, inside_a_step=point == "elsewhere"),
     }
     if point in ("batch_end", "validation_end", "after_batch") and inside_a_window(trainer):
         mine["gradients"] = capture_gradients(trainer)

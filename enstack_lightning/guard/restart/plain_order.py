@@ -1,0 +1,166 @@
+"""The order of a plain `DataLoader`, so that a run goes on inside an epoch with the batches that are left of it.
+
+Such a loader keeps no position: Lightning begins a new order there, and rows are trained twice or not at all. But which
+rows a map-style data set gives is settled by its batch sampler alone, from the random state at the epoch's beginning.
+So that state is saved, the order drawn anew from it, and the batches that are done passed over without loading a row. A
+checksum of their indices shows whether it is the same order; where it is not, nothing is changed, and that is said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+_KNOWN_BATCHES = 64
+"""The last batches drawn whose checksums are kept, beside those that wait in workers."""
+
+
+class KnownOrder:
+    """In place of a loader's batch sampler: the same batches of indices, with what it takes to draw them again."""
+
+    def __init__(self, loader: Any) -> None:
+        self.batch_sampler: Any = loader.batch_sampler
+        owners = (loader, getattr(loader, "sampler", None), self.batch_sampler)
+        found = (getattr(owner, "generator", None) for owner in owners)
+        self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        waiting = loader.num_workers * (loader.prefetch_factor or 0)
+        self._checksums: deque[tuple[int, int]] = deque([(0, 0)], maxlen=_KNOWN_BATCHES + waiting)
+        self._begun: dict[str, Any] | None = None
+        self._rest: Iterator[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch_sampler":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        order, self._rest = self._rest, None
+        if order is None:
+            self._begun = self._state_now()
+            self._checksums.clear()
+            self._checksums.append((0, 0))
+            order = iter(self.batch_sampler)
+        for batch in order:
+            drawn, checksum = self._checksums[-1]
+            self._checksums.append((drawn + 1, _checksum(batch, checksum)))
+            yield batch
+
+    def position(self, batches: int) -> dict[str, Any] | None:
+        """What `go_to` needs after so many batches of the epoch; None where that is not known any more."""
+        checksum = dict(self._checksums).get(batches)
+        return None if self._begun is None or checksum is None else {**self._begun, "drawn": [batches, checksum]}
+
+    def go_to(self, position: dict[str, Any]) -> bool:
+        """Lets the next iterator go on from a position; whether the order up to there is the same as it was.
+
+        The process's random state is left as it is, that of generators as it is after the batches that are done.
+        """
+        now = self._state_now()
+        if len(position["generators"]) != len(self.generators):
+            return False
+        batches, wanted = position["drawn"]
+        try:
+            self._set_state(position)
+            order, drawn, checksum = iter(self.batch_sampler), 0, 0
+            for batch in itertools.islice(order, batches):
+                drawn, checksum = drawn + 1, _checksum(batch, checksum)
+            same = (drawn, checksum) == (batches, wanted)
+            if not same:
+                self._set_state(now)
+        finally:
+            restore_random_state(now["random_state"])
+        if same:
+            self._begun = {name: position[name] for name in ("random_state", "generators")}
+            self._checksums.append((batches, checksum))
+            self._rest = order
+        return same
+
+    def _state_now(self) -> dict[str, Any]:
+        return {"random_state": capture_random_state(), "generators": [g.get_state() for g in self.generators]}
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        restore_random_state(state["random_state"])
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+
+
+def _checksum(batch: Any, before: int) -> int:
+    return zlib.crc32(repr(batch).encode(), before)
+
+
+def know_order(loader: Any) -> None:
+    """Puts a `KnownOrder` in the place of a plain loader's batch sampler; other loaders stay as they are."""
+    if (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not callable(getattr(loader, "state_dict", None))
+        and not isinstance(loader.dataset, IterableDataset)
+        and getattr(loader, "in_order", True)
+        and loader.batch_sampler is not None
+        and not isinstance(loader.batch_sampler, KnownOrder)
+    ):
+        vars(loader)["batch_sampler"] = KnownOrder(loader)  # an attribute that DataLoader lets nobody set
+
+
+def forget_order(loader: Any) -> None:
+    """Gives a loader its own batch sampler back."""
+    order = vars(loader).get("batch_sampler") if isinstance(loader, DataLoader) else None
+    if isinstance(order, KnownOrder):
+        vars(loader)["batch_sampler"] = order.batch_sampler
+
+
+def capture_order(trainer: Trainer, inside_a_step: bool) -> dict[str, Any] | None:
+    """Where this process's only plain training loader stands inside its epoch; None where that is not known.
+
+    Args:
+        inside_a_step: whether the checkpoint is made in a step that is not done, whose batch is trained again.
+    """
+    order, loop = _only_order(trainer), trainer.fit_loop
+    progress: Any = loop.epoch_loop.batch_progress
+    done = progress.current.completed if inside_a_step else progress.current.processed
+    if order is None or not 0 < done < loop.max_batches or progress.is_last_batch:
+        return None
+    position = order.position(done)
+    epoch: Any = loop.epoch_progress.current
+    return position and {**position, "epoch": epoch.processed}
+
+
+def restore_order(trainer: Trainer, position: dict[str, Any]) -> bool:
+    """Lets the next iterator of the training loader go on from what `capture_order` returned, if it gives that order.
+
+    To be called before that iterator is made.
+    """
+    order = _only_order(trainer)
+    if order is None:
+        return False
+    for sampler in (getattr(order, "sampler", None), order.batch_sampler):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(position["epoch"])  # type: ignore[union-attr]
+    return order.go_to(position)
+
+
+def draws_in_workers(trainer: Trainer) -> bool:
+    """Whether rows come from the workers of a plain loader, whose random state nothing keeps."""
+    combined = trainer.fit_loop._combined_loader
+    return _only_order(trainer) is not None and combined is not None and combined.flattened[0].num_workers > 0
+
+
+def _only_order(trainer: Trainer) -> KnownOrder | None:
+    combined = trainer.fit_loop._combined_loader
+    loaders = list(combined.flattened) if combined is not None else []
+    order = getattr(loaders[0], "batch_sampler", None) if len(loaders) == 1 else None
+    return order if isinstance(order, KnownOrder) else None
