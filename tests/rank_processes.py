@@ -32,7 +32,8 @@ class Rank:
         said: the lines that it told.
         status: its exit status, or the negative number of the signal that ended it.
         seconds: how long it lived.
-        lived_on: seconds between the first death among the others and its own end; None where it died first.
+        lived_on: seconds between the first death among the others and its own end; None where nobody died, or it was
+            killed itself.
         given_up: whether it was still there after its grace.
     """
 
@@ -94,10 +95,11 @@ def run_ranks(work: Work, kill: Kill | None = None, victims: Sequence[int] = (),
             moment = time.monotonic() + kill.after
     if any(rank.given_up for rank in ranks) and first_death is None:
         raise TimeoutError(f"two processes were not at their end after {LIMIT_SECONDS} s: {ranks}; log: {log}")
+    deaths = [rank.ended_at for rank in ranks if rank.killed and rank.ended_at is not None]
     for rank in ranks:
         rank.seconds = (rank.ended_at or began) - began
-        if first_death is not None and rank.ended_at != first_death and rank.ended_at is not None:
-            rank.lived_on = rank.ended_at - first_death
+        if first_death is not None and not rank.killed:
+            rank.lived_on = max(0.0, began + rank.seconds - min(deaths, default=first_death))
     return ranks
 
 
