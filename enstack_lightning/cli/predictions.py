@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from enstack_lightning.checkpoint.rendering.plain import printable
+from enstack_lightning.cli.output import Output, output_to, say
 from enstack_lightning.errors import DataError
 from enstack_lightning.model.classifier import Prediction
 
@@ -26,14 +29,15 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__("batch")
         self.output = Path(output)
         self.label_names = tuple(label_names)
-        self._file: TextIO | None = None
+        self._ends = ExitStack()
+        self._to: Output | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self.output = self.output.with_suffix(f".rank{trainer.global_rank}{self.output.suffix}")
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._unfinished.open("w", encoding="utf-8")
+            self._to = self._ends.enter_context(output_to(str(self.output)))
         except OSError as e:
             raise DataError(f"predictions cannot be written to {self.output}: {e.strerror}") from e
 
@@ -47,23 +51,22 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        assert self._file is not None
+        assert self._to is not None
         columns = (prediction["idx"].tolist(), prediction["predicted"].tolist(), prediction["probabilities"].tolist())
-        for idx, predicted, probabilities in zip(*columns, strict=True):
-            row = {
+        rows = [
+            {
                 "idx": idx,
                 "predicted": predicted,
                 "label": self.label_names[predicted],
                 "probabilities": [round(p, 6) for p in probabilities],
             }
-            self._file.write(json.dumps(row) + "\n")
+            for idx, predicted, probabilities in zip(*columns, strict=True)
+        ]
+        self._to.write("\n".join(map(json.dumps, rows)))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._unfinished.replace(self.output)
-        print(f"predictions written to {self.output}")
+        self._ends.close()
+        say(f"predictions written to {printable(str(self.output))}")
 
-    @property
-    def _unfinished(self) -> Path:
-        return self.output.with_name(f".{self.output.name}.unfinished")
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._ends.__exit__(type(exception), exception, exception.__traceback__)  # what is unfinished goes

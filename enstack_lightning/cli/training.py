@@ -14,8 +14,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jsonargparse
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,8 +49,18 @@ def main(argv: Sequence[str]) -> int:
         EnStackCLI(data_path_spelled_out(argv))
     except _FinishedError as e:
         rank_zero_info(str(e))
+    except EnStackError:
+        raise
+    except OSError as e:
+        if not e.strerror or isinstance(e, BrokenPipeError):
+            raise
+        raise EnStackError(f"{e.filename or 'a file of the run'} cannot be used: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        if not _raised_in(e, jsonargparse):
+            raise
+        raise EnStackError(f"a --config is no YAML: {e}") from e
     except (MisconfigurationException, ValueError) as e:
-        if isinstance(e, ValueError) and not _raised_in_lightning(e):
+        if isinstance(e, ValueError) and not _raised_in(e, lightning):
             raise
         raise EnStackError(" ".join(str(e).split())) from e
     return 0
@@ -140,6 +152,8 @@ class EnStackCLI(LightningCLI):
         self.config = parser.parse_args(args)
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
+        if path == "":
+            raise CheckpointError("--ckpt_path names no checkpoint; is a variable of the script unset?")
         if path == "auto":
             path = self._loaded_instead = self._newest_checkpoint(subcommand)
         if not path or path in ("last", "best", "hpc") or "://" in path:
@@ -312,17 +326,20 @@ def _saved_options(entries: Mapping[str, Any]) -> dict[str, Any]:
 def _mismatch(message: str, path: object) -> str:
     lines = [line.strip() for line in message.splitlines()[1:] if line.strip()]
     more = f" and {len(lines) - 1:,} more" if len(lines) > 1 else ""
-    first = lines[0].rstrip(".") if lines else message
+    kind, *names = (lines[0].rstrip(". ") if lines else message).split(", ")
+    if len(names) > 2:  # all keys of the model, where the checkpoint is of another
+        names[2:] = [f"... ({len(names) + 1:,} in all)"]
     return (
-        f"checkpoint {path} does not fit the model: {first}{more}. "
+        f"checkpoint {path} does not fit the model: {', '.join((kind, *names))}{more}. "
         "Use the model options of the run that saved it, or leave them out to take them from the checkpoint."
     )
 
 
-def _raised_in_lightning(error: Exception) -> bool:
-    """Whether Lightning itself objected to an option, rather than code that it called."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return Path(last.filename).is_relative_to(Path(lightning.__file__).parent)
+def _raised_in(error: Exception, package: ModuleType) -> bool:
+    """Whether a package itself objected to an option, rather than code that it called."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    last = next(file for file in reversed(files) if not file.startswith("<frozen "))
+    return Path(last).is_relative_to(Path(package.__file__ or "").parent)
 
 
 def _silence_what_users_cannot_act_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -217,20 +218,50 @@ def test_a_corrupt_checkpoint_ends_with_1_before_anything_is_built(
 
 
 def test_wrong_calls_end_with_a_sentence(
-    fitted: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: tuple[Path, list[str]], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, arguments = fitted
     best = str(run / "checkpoints" / "best_model.ckpt")
     for extra, words in {
         ("--ckpt_path", str(tmp_path / "nowhere.ckpt")): "it is missing",
         ("--ckpt_path", best, "--model.hidden_size", "32"): "does not fit the model",
+        ("--ckpt_path", str(trained / "step=7.ckpt")): '.token_type_embeddings.weight", ... (',
+        ("--ckpt_path", ""): "--ckpt_path names no checkpoint; is a variable of the script unset?",
+        ("--config", best): "a --config is no YAML",
+        ("--trainer.default_root_dir", best): f"{best} cannot be used: File exists",
         ("--data", str(tmp_path / "no_data")): "does not exist or is not a folder",
         ("--data.max_length", "1"): "max_length=1 is too small",
         ("--trainer.max_epochs", "3", "--trainer.val_check_interval", "99"): "must be less than or equal",
     }.items():
         capsys.readouterr()
         assert main(["fit", *arguments, *extra]) == 1, extra
-        assert words in one_sentence(capsys.readouterr().err)
+        said = one_sentence(capsys.readouterr().err)
+        assert words in said
+        assert len(said) < 700
+
+
+def test_predictions_took_the_place_of_a_folder_or_a_device(
+    fitted: tuple[Path, list[str]], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.jsonl").write_text('{"func": "int f(void) { return 1; }", "idx": 1}\n')
+    call = ["predict", "--data.predict_file", str(tmp_path / "new.jsonl"), "--data.cache_dir", str(cache)]
+    call += ["--ckpt_path", str(fitted[0] / "checkpoints" / "best_model.ckpt"), "--trainer.accelerator", "cpu"]
+    call += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    folder, link, pipe = tmp_path / "folder", tmp_path / "link", tmp_path / "pipe"
+    folder.mkdir()
+    link.symlink_to("/dev/full")
+    os.mkfifo(pipe)
+    for output, words in ((folder, "it is a folder"), (link, "No space left on device")):
+        capsys.readouterr()
+        assert main([*call, "--output", str(output)]) == 1
+        assert f"{output} cannot be written: {words}" in one_sentence(capsys.readouterr().err)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert main([*call, "--output", str(pipe)]) == 0
+    assert json.loads(os.read(reader, 10_000))["idx"] == 1
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link", "new.jsonl", "pipe", "run"]
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
