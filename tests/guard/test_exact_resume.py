@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "plateau": ({"plateau": True}, {}, (INSIDE, LAST, "validation-1", "epoch-1")),
     "torchdata's order": ({"order": "shuffle", "noise": True}, {}, (INSIDE, LAST, NEXT, "epoch-1")),
     "an order of its own": ({"order": "generator", "noise": True}, {}, (INSIDE, LAST, NEXT, "epoch-1")),
-    "plain DataLoader": ({"order": "plain", "noise": True}, {}, (LAST, "validation-1", "epoch-1")),
+    "plain DataLoader": ({"order": "plain", "noise": True}, {}, (INSIDE, LAST, NEXT, "validation-1", "epoch-1")),
     "2 workers": ({"order": "shuffle", "noise": True, "num_workers": 2}, {"max_epochs": 2}, ("batch-3", "epoch-1")),
     "2 lasting workers": (
         {"order": "generator", "noise": True, "num_workers": 2, "persistent": True},
@@ -248,12 +248,7 @@ def test_gradients_are_saved_only_inside_a_window(tmp_path: Path) -> None:
 )
 def test_two_processes(module: dict[str, Any], trainer: dict[str, Any], names: tuple[str, ...], tmp_path: Path) -> None:
     """Each draws other random numbers and gathers other values; only rank 0 writes."""
-    options = json.dumps({"module": module, "trainer": trainer, "names": names})
-    call = [sys.executable, "-W", "ignore", exact_runs.__file__, str(tmp_path), options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    records = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    records = of_two_processes(tmp_path, module, trainer, names)
     for whole, *resumed in records:
         for name, run in zip(names, resumed, strict=True):
             assert differences(whole, run) == [], name
@@ -261,6 +256,25 @@ def test_two_processes(module: dict[str, Any], trainer: dict[str, Any], names: t
     with pytest.warns(UserWarning, match="random state of 2 processes and 1 train now"):
         alone = train(tmp_path / "alone", module, trainer, tmp_path / "whole" / "batch-3.ckpt")
     assert sorted(done + rows_of_epoch(alone, 0)) == list(range(exact_runs.ROWS))
+
+
+def of_two_processes(
+    folder: Path, module: dict[str, Any], trainer: dict[str, Any], names: tuple[str, ...]
+) -> list[list[dict[str, Any]]]:
+    """Of each process what the whole run and those from the named checkpoints recorded."""
+    options = json.dumps({"module": module, "trainer": trainer, "names": names})
+    call = [sys.executable, "-W", "ignore", exact_runs.__file__, str(folder), options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_with_a_plain_loader(tmp_path: Path) -> None:
+    """Lightning shares it out by a DistributedSampler."""
+    module, trainer = {"order": "plain", "noise": True}, {"max_epochs": 2}
+    for whole, resumed in of_two_processes(tmp_path, module, trainer, ("batch-6",)):
+        assert differences(whole, resumed) == []
 
 
 # With batches of another size, or another number of processes
