@@ -53,6 +53,7 @@ def export_checkpoint(path: Path, folder: Path, layout: str) -> list[str]:
         raise CheckpointError(f"{folder} exists already and is not empty; name a new folder")
 
     import torch
+    from safetensors import SafetensorError
 
     from enstack_lightning.data.cache import atomic_folder
 
@@ -67,6 +68,8 @@ def export_checkpoint(path: Path, folder: Path, layout: str) -> list[str]:
                 torch.save(_training_state(checkpoint, report), unfinished / "training_state.pth")
     except OSError as e:
         raise CheckpointError(f"{folder} cannot be written: {e.strerror or e}") from e
+    except (SafetensorError, RuntimeError) as e:  # what safetensors and torch say where a disk is full
+        raise CheckpointError(f"{folder} cannot be written: {e}") from e
     return sorted(p.name for p in folder.iterdir())
 
 

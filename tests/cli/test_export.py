@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -94,3 +95,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, capsys: pytest
     quiet_trainer(tmp_path, every_epoch(tmp_path), max_epochs=1).fit(TinyModule())
     assert main(["export", str(tmp_path / "epoch=0.ckpt"), str(tmp_path / "out")]) == 1
     assert "was not saved by VulnerabilityClassifier" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_folder_and_is_said(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, whole, folder = saved / "epoch=0.ckpt", tmp_path / "whole", tmp_path / "folder"
+    assert main(["export", str(path), str(whole), "--layout", "enstack"]) == 0
+    model, state = ((whole / name).stat().st_size for name in ("model.safetensors", "training_state.pth"))
+    assert model < state
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (model // 2, (model + state) // 2):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            assert main(["export", str(path), str(folder), "--layout", "enstack"]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert capsys.readouterr().err.startswith(f"enstack export: {folder} cannot be written: ")
+        assert [p.name for p in tmp_path.iterdir()] == ["whole"]
