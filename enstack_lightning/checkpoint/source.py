@@ -144,7 +144,9 @@ def object_store() -> Iterator[None]:
 
 
 class RemoteSource(Source):
-    """An object behind an fsspec file system, read in ranges; the whole object is never fetched.
+    """An object behind an fsspec file system, read in ranges.
+
+    The whole object is fetched, once, only from an HTTP server that knows no ranges and answers each with all of it.
 
     Args:
         filesystem: an `fsspec.AbstractFileSystem`.
@@ -172,6 +174,9 @@ class RemoteSource(Source):
         self.requests += 1
         with object_store():
             data = bytes(self._filesystem.cat_file(self._path, start=offset, end=offset + count)) if count else b""
+        if len(data) == self.size != count:
+            self._fetched = [(0, data)]
+            return data[offset : offset + count]
         if len(data) != count:
             raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes")
         return data
@@ -183,6 +188,10 @@ class RemoteSource(Source):
         starts, ends = [s for s, _ in wanted], [e for _, e in wanted]
         with object_store():
             found = self._filesystem.cat_ranges([self._path] * len(wanted), starts, ends, on_error="raise")
+        for start, end, data in zip(starts, ends, found, strict=True):
+            if len(data) == self.size != end - start:
+                self._fetched = [(0, bytes(data))]
+                return
         fetched = [(start, bytes(data)) for start, data in zip(starts, found, strict=True)]
         self._fetched = [*fetched, *self._fetched] if self._held() < MAX_HELD else fetched
 

@@ -6,7 +6,10 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +286,38 @@ def test_a_file_on_disk_needs_no_fsspec(trained: Path) -> None:
     command = [sys.executable, "-c", code, f"{trained}/step=*.ckpt"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "set()\n"
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    """Answers a request for a range with the whole file, as Python's own server does."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_web_server_that_knows_no_ranges_is_read_from_as_a_disk_is(big: Path, deep: bool) -> None:
+    pytest.importorskip("aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(big.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        report = verify_checkpoint(f"http://127.0.0.1:{server.server_port}/{big.name}", Options(deep=deep))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert errors(report) == {}
+    assert report.verdict is verify_checkpoint(big, Options(deep=deep)).verdict
+    assert report.facts.progress.global_step == 1
+
+
+def test_what_was_fetched_beforehand_without_ranges_is_the_whole_object(big: Path) -> None:
+    class Rangeless:
+        def info(self, path: str) -> dict[str, Any]:
+            return {"size": big.stat().st_size, "type": "file"}
+
+        def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int], on_error: str) -> list[bytes]:
+            return [big.read_bytes() for _ in paths]
+
+    source = RemoteSource(Rangeless(), "big.ckpt")
+    source.prefetch([(1_000_000, 8), (9_000_000, 8)])
+    assert source.read_at(9_000_000, 8) == big.read_bytes()[9_000_000:9_000_008]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,27 @@ def test_a_bad_file_is_refused_by_path_and_by_url(
     with pytest.raises(CheckpointGuardError, match=rf"{path} must not be used: CK104"):
         getattr(quiet_trainer(tmp_path, CheckpointGuard()), entry_point)(Evaluated(), ckpt_path=path)
     assert not loads
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_run_resumes_from_a_web_server_that_knows_no_ranges(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(run)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_steps=8)
+    try:
+        trainer.fit(TinyModule(), ckpt_path=f"http://127.0.0.1:{server.server_port}/step=7.ckpt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert trainer.global_step == 8
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
