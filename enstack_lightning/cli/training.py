@@ -31,6 +31,7 @@ from enstack_lightning.checkpoint import Report
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
 from enstack_lightning.cli.predictions import PredictionWriter
+from enstack_lightning.cli.rank_zero import forget_what_was_told, told_by_rank_zero
 from enstack_lightning.cli.start import newest_in, usable, whats_done
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError, EnStackError
@@ -115,6 +116,7 @@ class EnStackCLI(LightningCLI):
                 parser_kwargs={"prog": "enstack", "description": "Fine-tunes a code encoder, safely."},
             )
         finally:
+            forget_what_was_told()
             if self._converted is not None and _is_rank_zero():
                 self._converted.unlink(missing_ok=True)
 
@@ -155,7 +157,9 @@ class EnStackCLI(LightningCLI):
         if path == "":
             raise CheckpointError("--ckpt_path names no checkpoint; is a variable of the script unset?")
         if path == "auto":
-            path = self._loaded_instead = self._newest_checkpoint(subcommand)
+            errors = (CheckpointError, _FinishedError)
+            path = told_by_rank_zero(lambda: self._newest_checkpoint(subcommand), errors)
+            self._loaded_instead = path
         if not path or path in ("last", "best", "hpc") or "://" in path:
             return  # the Trainer finds out which file that is, and the guard verifies it then
         report = usable(path, subcommand, self.config[subcommand].checkpoint_guard)
