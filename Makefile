@@ -26,7 +26,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py
 	$(BIN)/python tests/benchmarks/bench_guard.py
 
-# Lightning's own tests without the guard and with it; LIGHTNING is a checkout of Lightning at the installed version.
+# LIGHTNING is a checkout of Lightning at the installed version; with KEPT=folder a run goes on where it was stopped.
 lightning-tests: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/lightning_tests.py $(LIGHTNING) $(if $(KEPT),--kept $(KEPT))
 
