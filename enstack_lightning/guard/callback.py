@@ -83,7 +83,8 @@ class CheckpointGuard(Callback):
     A resumed run goes on at the very moment of the save: the validation or the end of the epoch that was due comes
     first. Random state of every process and of the loader's workers, metrics and logged values of a part-done epoch and
     gradients of a part-done accumulation window are in each checkpoint, beside the position of a training loader that
-    has one (torchdata's `StatefulDataLoader`); a plain `DataLoader` goes on exactly from an epoch's end only.
+    has one (torchdata's `StatefulDataLoader`). Of a plain `DataLoader` over a map-style data set the order is drawn
+    anew, and the batches that are done are passed over; where it is not the same order, the resume report says so.
 
     Args:
         strict: stop at warnings too.
