@@ -261,6 +261,8 @@ class Folder(RuleBasedStateMachine):
         good = sorted(self.good())
         path = self.folder / good[pick % len(good)]
         target = self.folder / f"copy-{pick % 3}.ckpt"
+        if target == path:
+            return
         shutil.copy(path, target)
         manifest_path(target).unlink(missing_ok=True)
         self.damaged.discard(target.name)
