@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 RANKS = 2
 GRACE_SECONDS = 15.0
-LIMIT_SECONDS = 150.0
+LIMIT_SECONDS = 90.0
 
 
 @dataclass

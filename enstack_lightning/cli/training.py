@@ -166,9 +166,11 @@ class EnStackCLI(LightningCLI):
         file, tokenizer = report.path, None
         if Path(file).is_dir():
             converted = self._convert(report, subcommand)
-            file = self._loaded_instead = str(self._converted)
-            tokenizer = converted.tokenizer
-        self._saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            self._loaded_instead, tokenizer = str(self._converted), converted.tokenizer
+            # The file itself may not be written yet, where this is not rank 0.
+            self._saved = {k: v for k, v in converted.checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        else:
+            self._saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         saved = _saved_options(self._saved) | ({"data.tokenizer": tokenizer} if tokenizer else {})
         self._subcommand_parsers[subcommand].set_defaults(saved)
         self.config = parser.parse_args(args)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from killed_fits import config_of, fit, lines_of
 from killing import Tell, run_child
 from rank_processes import RANKS, run_ranks
 
 from enstack_lightning.cli import training
+from enstack_lightning.cli.main import main
 from enstack_lightning.cli.rank_zero import VARIABLE, forget_what_was_told, told_by_rank_zero
 
 AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -70,10 +73,15 @@ def test_where_nobody_can_tell_each_finds_it(monkeypatch: pytest.MonkeyPatch) ->
     assert [rank.said[0] for rank in ranks] == ["told 0", "told 1"]
 
 
-def test_a_rank_that_sees_the_run_ended_goes_on_with_the_others(data: Path, cache: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def config(data: Path, cache: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_of(data, cache, 1, {"strategy": "ddp", "devices": RANKS})))
+    return path
+
+
+def test_a_rank_that_sees_the_run_ended_goes_on_with_the_others(config: Path, tmp_path: Path) -> None:
     """Else it would end, and rank 0 would wait for it until torch gives up after half an hour."""
-    config = config_of(data, cache, 1, {"strategy": "ddp", "devices": RANKS})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 
     def sees_it_ended(*_: Any) -> Any:
         raise training._FinishedError("nothing left to train")
@@ -82,8 +90,33 @@ def test_a_rank_that_sees_the_run_ended_goes_on_with_the_others(data: Path, cach
         kept = with_agent()  # noqa: F841 - the store lives as long as it is kept
         if os.environ["RANK"] == "1":
             training.newest_in = sees_it_ended
-        fit(tmp_path / "config.yaml", tmp_path, tell)
+        fit(config, tmp_path, tell)
 
     ranks = run_ranks(work, log=tmp_path / "log")
     assert [rank.said[-2:] for rank in ranks] == [("status 0", "done")] * RANKS
     assert [len(lines_of(tmp_path, rank)) for rank in range(RANKS)] == [6] * RANKS
+
+
+def test_a_folder_is_resumed_from_though_rank_zero_takes_its_time_to_copy_it(config: Path, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "folder"
+    run.mkdir()
+    call = ["fit", "--config", str(config), "--trainer.default_root_dir", str(run)]
+    assert all(rank.done for rank in run_ranks(lambda tell: fit(config, run, tell)))
+    (run / "checkpoints" / "best_model.ckpt").unlink()
+    export = ["export", str(next(run.rglob("*.ckpt"))), str(folder), "--layout", "enstack"]
+    ended = run_child(lambda tell: tell(str(main(export))))
+    assert ended.said[0] == "0"
+
+    def work(tell: Tell) -> None:
+        save = torch.save
+
+        def save_slowly(*args: Any, **kwargs: Any) -> None:
+            time.sleep(1)
+            save(*args, **kwargs)
+
+        if os.environ["RANK"] == "0":
+            torch.save = save_slowly
+        tell(f"status {main([*call, '--ckpt_path', str(folder), '--trainer.max_epochs', '2'])}")
+
+    ranks = run_ranks(work, log=tmp_path / "log")
+    assert [rank.said for rank in ranks] == [("status 0", "done")] * RANKS
