@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -54,6 +55,29 @@ class ByItself(Python):
         return iter(self.own.permutation(ROWS).tolist())
 
 
+class AtOnce(Sampler[list[int]]):
+    """Draws when its iterator is made, and not when that is asked for the first batch."""
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(torch.randperm(ROWS).reshape(BATCHES, BATCH_SIZE).tolist())
+
+
+class ByEpoch(AtOnce):
+    """Shuffles by a number that its user sets."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        by = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(ROWS, generator=by).reshape(BATCHES, BATCH_SIZE).tolist())
+
+
 ORDERS: dict[str, Callable[[Rows], dict[str, Any]]] = {
     "shuffle": lambda rows: {"shuffle": True},
     "shuffle, of a generator": lambda rows: {"shuffle": True, "generator": generator()},
@@ -67,6 +91,11 @@ ORDERS: dict[str, Callable[[Rows], dict[str, Any]]] = {
     "distributed": lambda rows: {"sampler": DistributedSampler(rows, num_replicas=1, rank=0, seed=3)},
     "batches": lambda rows: {"batch_sampler": BatchSampler(RandomSampler(rows), 5, drop_last=True)},
     "batches in order": lambda rows: {"batch_sampler": BatchSampler(SequentialSampler(rows), 5, drop_last=False)},
+    "batches, of a generator": lambda rows: {
+        "batch_sampler": BatchSampler(RandomSampler(rows, generator=generator()), 5, drop_last=True)
+    },
+    "batches, drawn at once": lambda rows: {"batch_sampler": AtOnce()},
+    "batches by an epoch that nobody sets": lambda rows: {"batch_sampler": ByEpoch()},
     "a user's own": lambda rows: {"sampler": Python()},
     "2 workers": lambda rows: {"shuffle": True, "num_workers": 2},
     "2 lasting workers, of a generator": lambda rows: {
@@ -147,6 +176,101 @@ def test_a_loader_that_is_made_before_the_loops_are_restored(tmp_path: Path) -> 
         assert (
             differences(whole, train(tmp_path / "a", module, {}, tmp_path / f"{name}.ckpt", seed=9, kind=Loaded)) == []
         )
+
+
+class SetsEpoch(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.train_dataloader.batch_sampler.set_epoch(trainer.current_epoch)
+
+
+def test_an_epoch_that_the_user_sets(tmp_path: Path) -> None:
+    module = {"loader": "batches by an epoch that nobody sets"}
+    whole = train(tmp_path, module, {}, saves=NAMES, kind=Loaded, callbacks=(SetsEpoch(),))
+    path = tmp_path / f"{NAMES[1]}.ckpt"
+    assert differences(whole, train(tmp_path / "a", module, {}, path, (SetsEpoch(),), seed=9, kind=Loaded)) == []
+
+
+class Shared(Recorded):
+    """Trains with a loader that may have been used before, and validates with the same one if told so."""
+
+    def __init__(self, loader: DataLoader[Any], validates: bool = False) -> None:
+        super().__init__()
+        self.loader, self.validates = loader, validates
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader
+
+    def val_dataloader(self) -> Any:
+        return self.loader if self.validates else super().val_dataloader()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_loader_that_trains_and_validates(workers: int, tmp_path: Path) -> None:
+    """The validation that is due after a resume inside an epoch must not take what is left of it."""
+
+    def module() -> dict[str, Any]:
+        loader = DataLoader(Rows(False), batch_size=4, shuffle=True, num_workers=workers)
+        return {"loader": loader, "validates": True}
+
+    inside = {"max_epochs": 2, "val_check_interval": 3}
+    whole = train(tmp_path, module(), inside, saves=("batch-3", "validation-1"), kind=Shared)
+    for name in ("batch-3", "validation-1"):
+        path = tmp_path / f"{name}.ckpt"
+        assert differences(whole, train(tmp_path / "a", module(), inside, path, seed=9, kind=Shared)) == []
+
+
+class Fails(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        raise Stopped
+
+
+def test_a_resume_that_fails_leaves_nothing_to_the_next_fit(tmp_path: Path) -> None:
+    """Else the first epoch of that would be what was left of the other run's."""
+    loader = DataLoader(Rows(False), batch_size=4, shuffle=True)
+    train(tmp_path, {"loader": loader}, {"max_epochs": 1}, saves=("batch-3",), kind=Shared)
+    with pytest.raises(Stopped):
+        train(tmp_path / "a", {"loader": loader}, {}, tmp_path / "batch-3.ckpt", (Fails(),), kind=Shared)
+    assert sorted(rows_of(train(tmp_path / "b", {"loader": loader}, {"max_epochs": 1}, kind=Shared))) == [*range(ROWS)]
+
+
+def test_lasting_workers_that_ran_before_the_fit_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They ask the sampler that they were made with, and no other."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Rows(False), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+
+    train(tmp_path, {"loader": loader()}, {"max_epochs": 1}, saves=("batch-3",), kind=Shared)
+    used = loader()
+    next(iter(used))
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "a", {"loader": used}, {"max_epochs": 1}, tmp_path / "batch-3.ckpt", kind=Shared)
+    assert "the loader gives other batches than before" in exactness(caplog)
+
+
+class Halves(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.train_dataloader.batch_sampler.batch_size = BATCH_SIZE // (1 + trainer.current_epoch)
+
+
+def test_what_a_callback_sets_on_the_batch_sampler_holds(tmp_path: Path) -> None:
+    run = train(tmp_path, {"loader": "shuffle"}, {"max_epochs": 2}, callbacks=(Halves(),), kind=Loaded)
+    sizes = {(event[1], len(event[4])) for event in run["events"] if event[0] == "step"}
+    assert sizes == {(0, BATCH_SIZE), (1, BATCH_SIZE // 2)}
+
+
+def test_a_copy_of_a_known_loader_has_the_users_sampler() -> None:
+    loader = DataLoader(Rows(False), batch_size=4)
+    know_order(loader)
+    assert type(copy.deepcopy(loader).batch_sampler) is BatchSampler
+
+
+@pytest.mark.parametrize("order", ["in order", "batches, drawn at once"])
+def test_the_guard_changes_no_order(order: str, tmp_path: Path) -> None:
+    with_guard, without = (
+        train(tmp_path / str(guard), {"loader": order}, {"max_epochs": 2}, kind=Loaded, guard=guard)
+        for guard in ("default", None)
+    )
+    assert differences({**without, "begins": [0, 0]}, {**with_guard, "begins": [0, 0]}) == []
 
 
 def rows_of(run: dict[str, Any], epoch: int = 0) -> list[int]:

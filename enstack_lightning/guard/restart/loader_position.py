@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from enstack_lightning.guard.restart.plain_order import forget_order, know_order
+from enstack_lightning.guard.restart.plain_order import forget_order, generators_of, know_order
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -83,10 +83,7 @@ def _generators(trainer: Trainer) -> Iterator[tuple[str, torch.Generator]]:
     fit, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader
     for stage, combined in (("train", fit), ("validation", validation)):
         for number, loader in enumerate(combined.flattened if combined is not None else ()):
-            for owner in ("", "sampler", "batch_sampler"):
-                generator = getattr(getattr(loader, owner, None) if owner else loader, "generator", None)
-                if isinstance(generator, torch.Generator):
-                    yield f"{stage}.{number}.{owner}", generator
+            yield from ((f"{stage}.{number}.{owner}", generator) for owner, generator in generators_of(loader))
 
 
 # Workers
@@ -105,7 +102,7 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
     def before_the_iterator_is_made() -> None:
         for loader in loop._combined_loader.flattened if loop._combined_loader is not None else ():
             _give_state(loader)
-            know_order(loader)
+            know_order(loader, lambda: trainer.training)
         type(loop)._load_combined_loader_states(loop)
 
     if hasattr(type(loop), "_load_combined_loader_states"):

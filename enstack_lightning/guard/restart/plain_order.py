@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,33 +27,67 @@ _KNOWN_BATCHES = 64
 
 
 class KnownOrder:
-    """In place of a loader's batch sampler: the same batches of indices, with what it takes to draw them again."""
+    """In place of a loader's batch sampler: the same batches of indices, with what it takes to draw them again.
 
-    def __init__(self, loader: Any) -> None:
+    Args:
+        loader: the loader.
+        in_training: whether an iterator that is made now is that of training; the same loader may validate too.
+    """
+
+    __slots__ = ("_begun", "_checksums", "_generators", "_in_training", "_rest", "batch_sampler")
+
+    def __init__(self, loader: Any, in_training: Callable[[], bool]) -> None:
         self.batch_sampler: Any = loader.batch_sampler
-        owners = (loader, getattr(loader, "sampler", None), self.batch_sampler)
-        found = (getattr(owner, "generator", None) for owner in owners)
-        self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        self._generators = list({id(g): g for _, g in generators_of(loader)}.values())
         waiting = loader.num_workers * (loader.prefetch_factor or 0)
         self._checksums: deque[tuple[int, int]] = deque([(0, 0)], maxlen=_KNOWN_BATCHES + waiting)
+        self.begin_anew(in_training)
+
+    def begin_anew(self, in_training: Callable[[], bool]) -> None:
+        """Forgets what a run before this one has left."""
+        self._in_training = in_training
         self._begun: dict[str, Any] | None = None
         self._rest: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "batch_sampler":  # while it is copied
-            raise AttributeError(name)
         return getattr(self.batch_sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__slots__:
+            object.__setattr__(self, name, value)
+        else:  # a callback that changes the batch size, for example
+            setattr(self.batch_sampler, name, value)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.batch_sampler,)  # a copy of the loader is nobody's but the user's
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._in_training():
+            return iter(self.batch_sampler)
+        if self._rest is not None:
+            return self._what_is_left()
+        before = self._state_now()
+        order = iter(self.batch_sampler)
+        has_drawn = not _equal(before, self._state_now())
+        return self._from_the_start(order, before if has_drawn else None)
+
+    def _from_the_start(self, order: Iterator[Any], begun: dict[str, Any] | None) -> Iterator[Any]:
+        """As a rule a sampler draws when it is asked for its first batch, and not when its iterator is made."""
+        self._begun = begun or self._state_now()
+        self._checksums.clear()
+        self._checksums.append((0, 0))
+        yield from self._counted(order)
+
+    def _what_is_left(self) -> Iterator[Any]:
+        """Taken with the first batch: a loader with workers makes two iterators and uses the second."""
         order, self._rest = self._rest, None
-        if order is None:
-            self._begun = self._state_now()
-            self._checksums.clear()
-            self._checksums.append((0, 0))
-            order = iter(self.batch_sampler)
+        assert order is not None
+        yield from self._counted(order)
+
+    def _counted(self, order: Iterator[Any]) -> Iterator[Any]:
         for batch in order:
             drawn, checksum = self._checksums[-1]
             self._checksums.append((drawn + 1, _checksum(batch, checksum)))
@@ -70,7 +104,7 @@ class KnownOrder:
         The process's random state is left as it is, that of generators as it is after the batches that are done.
         """
         now = self._state_now()
-        if len(position["generators"]) != len(self.generators):
+        if len(position["generators"]) != len(self._generators):
             return False
         batches, wanted = position["drawn"]
         try:
@@ -90,30 +124,58 @@ class KnownOrder:
         return same
 
     def _state_now(self) -> dict[str, Any]:
-        return {"random_state": capture_random_state(), "generators": [g.get_state() for g in self.generators]}
+        return {"random_state": capture_random_state(), "generators": [g.get_state() for g in self._generators]}
 
     def _set_state(self, state: dict[str, Any]) -> None:
         restore_random_state(state["random_state"])
-        for generator, saved in zip(self.generators, state["generators"], strict=True):
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
+
+
+def _itself(batch_sampler: Any) -> Any:
+    return batch_sampler
 
 
 def _checksum(batch: Any, before: int) -> int:
     return zlib.crc32(repr(batch).encode(), before)
 
 
-def know_order(loader: Any) -> None:
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return all(_equal(value, b[name]) for name, value in a.items())
+    return all(map(_equal, a, b)) if isinstance(a, list) else bool(a == b)
+
+
+def generators_of(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
+    """The generators that a loader and its samplers own, by the attribute that owns each; the loader's by ""."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = {
+        "": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
+        "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
+    }
+    for name, owner in owners.items():
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            yield name, generator
+
+
+def know_order(loader: Any, in_training: Callable[[], bool] = lambda: True) -> None:
     """Puts a `KnownOrder` in the place of a plain loader's batch sampler; other loaders stay as they are."""
-    if (
+    if isinstance(known := getattr(loader, "batch_sampler", None), KnownOrder):
+        known.begin_anew(in_training)
+    elif (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
         and not callable(getattr(loader, "state_dict", None))
         and not isinstance(loader.dataset, IterableDataset)
         and getattr(loader, "in_order", True)
         and loader.batch_sampler is not None
-        and not isinstance(loader.batch_sampler, KnownOrder)
+        and getattr(loader, "_iterator", None) is None  # lasting workers that run already keep the sampler they have
     ):
-        vars(loader)["batch_sampler"] = KnownOrder(loader)  # an attribute that DataLoader lets nobody set
+        vars(loader)["batch_sampler"] = KnownOrder(loader, in_training)  # an attribute that DataLoader lets nobody set
 
 
 def forget_order(loader: Any) -> None:
@@ -147,9 +209,14 @@ def restore_order(trainer: Trainer, position: dict[str, Any]) -> bool:
     order = _only_order(trainer)
     if order is None:
         return False
-    for sampler in (getattr(order, "sampler", None), order.batch_sampler):
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(position["epoch"])  # type: ignore[union-attr]
+    sampler = getattr(order, "sampler", None)
+    if callable(getattr(sampler, "set_epoch", None)):
+        sampler.set_epoch(position["epoch"])  # type: ignore[union-attr]
+    if order.go_to(position):
+        return True
+    if not callable(getattr(order.batch_sampler, "set_epoch", None)):
+        return False
+    order.batch_sampler.set_epoch(position["epoch"])  # Lightning does not, and a user's hook may have
     return order.go_to(position)
 
 
