@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,21 @@ def test_batches_of_another_size_are_said(tmp_path: Path, caplog: pytest.LogCapt
             tmp_path, {"loader": "shuffle", "batch_size": 2}, {"max_epochs": 1}, tmp_path / "batch-3.ckpt", kind=Loaded
         )
     assert "the loader gives other batches than before" in exactness(caplog)
+
+
+def test_lightnings_warning_is_silenced_where_it_is_not_so_and_nowhere_else(tmp_path: Path) -> None:
+    def said(guard: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            filters = list(warnings.filters)
+            train(tmp_path / "a", {"loader": "shuffle"}, {"max_epochs": 1}, path, kind=Loaded, guard=guard)
+            assert warnings.filters == filters
+        return [str(w.message) for w in caught if "dataloader is not resumable" in str(w.message)]
+
+    train(tmp_path, {"loader": "shuffle"}, {"max_epochs": 1}, saves=("batch-3",), kind=Loaded)
+    path = tmp_path / "batch-3.ckpt"
+    assert said("default") == []
+    assert said(None)
 
 
 class Stopped(Exception):

@@ -14,9 +14,13 @@ of the middle of a step (an exception) restarts as Lightning restarts it, with r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
@@ -46,7 +50,8 @@ def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> Exa
     """
     if not hasattr(trainer.fit_loop, "update_restart_stage"):
         return None
-    restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
+    with _explained(trainer):
+        restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
     loops = (checkpoint.get("loops") or {}).get("fit_loop", {})
     if restart.loader_states and "state_dict" in loops:
         loops["state_dict"]["combined_loader"] = restart.loader_states
@@ -98,8 +103,9 @@ class ExactRestart:
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
         loop = self.trainer.fit_loop
-        for owner, name in ((loop, "reset"), (loop, "on_run_start"), (loop.epoch_loop, "advance")):
-            vars(owner).pop(name, None)
+        for owner, names in ((loop, ("reset", "on_run_start")), (loop.epoch_loop, ("reset", "advance"))):
+            for name in names:
+                vars(owner).pop(name, None)
         self._give_searches_back()
 
     # In the order in which they are called
@@ -124,10 +130,22 @@ class ExactRestart:
 
     def _on_run_start(self) -> None:
         loop = self.trainer.fit_loop
-        restore_frozen(self.trainer, self.resume.get("frozen"))
+        with _explained(self.trainer):
+            restore_frozen(self.trainer, self.resume.get("frozen"))
         loop.on_run_start()
         elsewhere_inside = self.point == "elsewhere" and loop.restarted_mid_epoch
         begin_epoch_in_callbacks(self.trainer, inside=self.point in _IN_EPOCH or elsewhere_inside)
+        with _explained(self.trainer):
+            self._restore_all()
+        if self.point == "epoch_end" and self.mine.get("epoch"):
+            self._end_epoch()
+        if self.point in _EPOCH_DONE:
+            self._restore_early_stop()
+        elif self.point in _IN_EPOCH:
+            batch = loop.epoch_loop.batch_progress.current
+            self.trainer._logger_connector._first_loop_iter = batch.ready == 1
+
+    def _restore_all(self) -> None:
         self._make_lasting_workers()
         restore_generators(self.trainer, self.mine.get("generators", {}))
         if self.mine.get("epoch"):
@@ -136,13 +154,6 @@ class ExactRestart:
         self._restore_statistics()
         if self.mine.get("random_state"):
             restore_random_state(self.mine["random_state"])
-        if self.point == "epoch_end" and self.mine.get("epoch"):
-            self._end_epoch()
-        if self.point in _EPOCH_DONE:
-            self._restore_early_stop()
-        elif self.point in _IN_EPOCH:
-            batch = loop.epoch_loop.batch_progress.current
-            self.trainer._logger_connector._first_loop_iter = batch.ready == 1
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         """Ends the batch that was saved in; `on_advance_end` follows, with the validation that is due."""
@@ -177,9 +188,16 @@ class ExactRestart:
         loop._load_combined_loader_states = load
 
     def _restore_order(self) -> None:
-        self.order_kept = restore_order(self.trainer, self.mine["order"])
-        if self.order_kept:  # what Lightning says of loaders without a position is not so
+        with _explained(self.trainer):
+            self.order_kept = restore_order(self.trainer, self.mine["order"])
+        if self.order_kept:
+            _once(self.trainer.fit_loop.epoch_loop, "reset", self._reset_quietly)
+
+    def _reset_quietly(self) -> None:
+        """Without what Lightning says of loaders that keep no position, which is not so."""
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            self.trainer.fit_loop.epoch_loop.reset()
 
     def _end_epoch(self) -> None:
         """The rest of `FitLoop.on_advance_end`, after the callbacks."""
@@ -252,6 +270,20 @@ class ExactRestart:
         for had, loader in zip(self.resume.get("validation_workers", []), loaders, strict=False):
             if had and getattr(loader, "_iterator", None) is None:
                 iter(loader)
+
+
+@contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """Says of which checkpoint it is, where what the guard has saved was changed since: no rule judges all of it."""
+    try:
+        yield
+    except (EnStackError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise CheckpointGuardError(
+            f"the state of CheckpointGuard in checkpoint {trainer.ckpt_path} cannot be restored, as it is not what the "
+            f"guard saves or not of this run: {type(e).__name__}: {e}. Use another checkpoint"
+        ) from e
 
 
 def _of_others(rank_zero: dict[str, Any]) -> dict[str, Any]:

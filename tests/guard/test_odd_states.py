@@ -1,0 +1,64 @@
+"""What stands under the guard's name in a checkpoint need not be what the guard saved: it ends in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import edited
+from exact_runs import train
+
+from enstack_lightning.errors import CheckpointGuardError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MODULE, TRAINER = {"order": "plain"}, {"accumulate_grad_batches": 3, "max_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    train(folder, MODULE, TRAINER, saves=("batch-2",))
+    return folder / "batch-2.ckpt"
+
+
+def of_guard(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = checkpoint["callbacks"]["CheckpointGuard"]
+    return state
+
+
+def of_rank(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = of_guard(checkpoint)["resume"]["ranks"][0]
+    return state
+
+
+ODD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a list for the state": lambda c: c["callbacks"].update(CheckpointGuard=[1]),
+    "a list for the moment": lambda c: of_guard(c).update(resume=[1]),
+    "numbers for ranks": lambda c: of_guard(c)["resume"].update(ranks=[3]),
+    "a short random state": lambda c: of_rank(c)["random_state"].update(python=[3, [1, 2], None]),
+    "a random state of another type": lambda c: of_rank(c)["random_state"].update(torch=torch.zeros(3)),
+    "no random state of NumPy": lambda c: of_rank(c)["random_state"].pop("numpy"),
+    "a number for the order": lambda c: of_rank(c).update(order=5),
+    "an order of too many batches": lambda c: of_rank(c)["order"].update(drawn=[2**70, 0]),
+    "a number for the epoch": lambda c: of_rank(c).update(epoch=5),
+    "results without a description": lambda c: of_rank(c)["epoch"].update(results={"loss": {}}),
+    "a reduction that is none": lambda c: [
+        result["meta"].update(reduce_fx="eval", builtin=True) for result in of_rank(c)["epoch"]["results"].values()
+    ],
+    "gradients of another shape": lambda c: of_rank(c).update(gradients={"network.0.weight": torch.ones(99)}),
+    "a number for the workers": lambda c: of_guard(c)["resume"].update(validation_workers=3),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_state_of_the_guard_ends_in_a_sentence(odd: str, saved: Path, tmp_path: Path) -> None:
+    path = edited(saved, tmp_path / "odd.ckpt", ODD[odd])
+    with pytest.raises(CheckpointGuardError, match=r"state of CheckpointGuard in checkpoint \S+odd.ckpt cannot be"):
+        train(tmp_path, MODULE, TRAINER, path)
+
+
+def test_the_state_as_it_was_saved_is_restored(saved: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, MODULE, TRAINER, edited(saved, tmp_path / "same.ckpt", lambda c: None))["counters"]
