@@ -197,7 +197,7 @@ def _as_torch_writes(source: Source, entries: list[_Entry], end: int) -> dict[st
         offset = border - size - (_DESCRIPTOR.size if flags & _HAS_DESCRIPTOR else 0)
         name_length = len(raw_name)
         padding = _PADDINGS.get(offset - header_offset - _LOCAL.size - name_length)
-        if padding is None or not (flags & _HAS_DESCRIPTOR or not size):
+        if padding is None or (not flags & _HAS_DESCRIPTOR and (size or crc32)):
             return None
         header = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, len(padding))
         between = descriptor + header + raw_name + padding

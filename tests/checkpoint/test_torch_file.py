@@ -290,6 +290,7 @@ HEADERS: dict[str, Callable[[Path], object]] = {
     "both sizes huge": lambda p: [poke(p, directory_entry(p, "data/1") + o, "<I", 2**31) for o in (20, 24)],
     "zip64 sizes that are not there": lambda p: poke(p, directory_entry(p, "data/1") + 24, "<I", 2**32 - 1),
     "other CRC in the directory": lambda p: poke(p, directory_entry(p, "data/1") + 16, "<I", 1),
+    "a CRC for an empty record": lambda p: poke(p, directory_entry(p, "data/2") + 16, "<I", 1),
     "size in the header": lambda p: poke(p, local_header(p, "data/1") + 22, "<I", 4),
     "CRC in the header": lambda p: poke(p, local_header(p, "data/1") + 14, "<I", 4),
     "longer extra field": lambda p: poke(p, local_header(p, "data/1") + 28, "<H", 60_000),
