@@ -33,10 +33,10 @@ def storage_of(pid: object, legacy: bool) -> StorageDescriptor:
     if not isinstance(pid, tuple) or len(pid) != (6 if legacy else 5) or pid[0] != "storage":
         raise PickleDefectError("a persistent id does not name a torch storage")
     storage_type, key, location, numel = pid[1:5]
-    dtype = _STORAGES.get((storage_type.module, storage_type.name)) if isinstance(storage_type, Global) else None
+    dtype = _STORAGES.get((storage_type.module, storage_type.name)) if storage_type.__class__ is Global else None
     if dtype is None:
         raise PickleDefectError(f"storage type {_said(storage_type)} is not known")
-    if not isinstance(key, str) or not isinstance(location, str) or type(numel) is not int:
+    if key.__class__ is not str or location.__class__ is not str or numel.__class__ is not int:
         raise PickleDefectError("a storage's persistent id has a field of the wrong type")
     if not 0 <= numel * DTYPE_BYTES[dtype] < _INT64_LIMIT:
         raise PickleDefectError(f"storage {key!r:.40} has {_said(numel)} elements")
@@ -62,13 +62,7 @@ def _view(value: object) -> tuple[str, int, int] | None:
 def _tensor(storage: object, dtype: str | None, shape: object, stride: object, offset: object) -> TensorDescriptor:
     if not isinstance(storage, StorageDescriptor):
         raise PickleDefectError(f"a tensor is built from {_said(storage)}, which is no storage")
-    return strided(storage, dtype, sizes_of(shape), sizes_of(stride), offset)
-
-
-def strided(
-    storage: StorageDescriptor, dtype: str | None, sizes: tuple[int, ...], strides: tuple[int, ...], offset: object
-) -> TensorDescriptor:
-    """The tensor of sizes and strides that `sizes_of` has checked."""
+    sizes, strides = sizes_of(shape), sizes_of(stride)
     if len(sizes) != len(strides) or type(offset) is not int or not 0 <= offset < _INT64_LIMIT:
         raise PickleDefectError(f"a tensor has {len(sizes)} sizes, {len(strides)} strides and offset {_said(offset)}")
     return TensorDescriptor(storage, dtype or storage.dtype, sizes, strides, offset)

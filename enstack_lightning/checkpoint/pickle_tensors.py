@@ -19,7 +19,7 @@ import re
 from functools import lru_cache
 from typing import Any, Protocol
 
-from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, sizes_of, strided
+from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, sizes_of
 from enstack_lightning.checkpoint.pickle_values import (
     Global,
     PickleDefectError,
@@ -94,12 +94,14 @@ def read_tensor(machine: Machine, match: re.Match[bytes], most_opcodes: int) -> 
     key = key_text.decode("ascii")
     hooks: dict[Any, Any] = {}
     pid = memo.get(word[0]), memo.get(kind[0]), key, memo.get(place[0]), _integer(numel)
+    offset = _integer(offset_text)
+    if offset < 0 or len(shape) != len(stride):
+        return 0
     try:
         storage = machine.storage(pid)
-        offset = _integer(offset_text)
-        tensor = strided(storage, None, shape, stride, offset)
     except PickleDefectError:
         return 0
+    tensor = TensorDescriptor(storage, storage.dtype, shape, stride, offset)
     args = storage, offset, shape, stride, False, hooks
     memo[first], memo[first + 1] = key, pid
     if sizes is None:

@@ -7,14 +7,13 @@ made after the loops were restored (`FitLoop.setup_data`).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from enstack_lightning.guard.restart.plain_order import forget_order, generators_of, know_order
+from enstack_lightning.guard.restart.rng import capture_cpu_random_state, restore_cpu_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -129,25 +128,9 @@ def _give_state(loader: Any) -> None:
 
 
 def _worker_random_state() -> dict[str, Any]:
-    """The worker's generators, as text: a tensor would take a file descriptor on its way out of the worker."""
-    if torch.utils.data.get_worker_info() is None:
-        return {}
-    version, internal, gauss = random.getstate()
-    drawn: Any = np.random.get_state()
-    return {
-        "python": np.array(internal, dtype=np.uint32).tobytes().hex(),
-        "python_rest": [version, gauss],
-        "numpy": drawn[1].tobytes().hex(),
-        "numpy_rest": [int(drawn[2]), int(drawn[3]), float(drawn[4])],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
+    return {} if torch.utils.data.get_worker_info() is None else capture_cpu_random_state()
 
 
 def _set_worker_random_state(state: dict[str, Any]) -> None:
-    if not state or torch.utils.data.get_worker_info() is None:
-        return
-    version, gauss = state["python_rest"]
-    random.setstate((version, tuple(np.frombuffer(bytes.fromhex(state["python"]), dtype=np.uint32).tolist()), gauss))
-    keys = np.frombuffer(bytes.fromhex(state["numpy"]), dtype=np.uint32)
-    np.random.set_state(("MT19937", keys, *state["numpy_rest"]))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if state and torch.utils.data.get_worker_info() is not None:
+        restore_cpu_random_state(state)

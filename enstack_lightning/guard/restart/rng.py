@@ -1,4 +1,8 @@
-"""The random state of Python, NumPy, torch and its accelerator, as plain values that `weights_only=True` can load."""
+"""The random state of Python, NumPy, torch and its accelerator, as plain values that `weights_only=True` can load.
+
+The generators' words are kept as hexadecimal text: as a list of numbers they would be a quarter of what a small
+checkpoint's pickle says, and a tensor takes a file descriptor on its way out of a loader's worker.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,46 @@ import torch
 
 
 def capture_random_state() -> dict[str, Any]:
-    """The state of every global generator of this process, as ints, floats, lists and tensors."""
-    version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    assert isinstance(numpy_state, dict)
+    """The state of every global generator of this process, those of the accelerators as tensors."""
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            numpy_state["state"]["key"].tolist(),
-            int(numpy_state["state"]["pos"]),
-            int(numpy_state["has_gauss"]),
-            float(numpy_state["gauss"]),
-        ],
-        "torch": torch.get_rng_state(),
+        **capture_cpu_random_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def capture_cpu_random_state() -> dict[str, Any]:
+    """The state of the global generators of Python, NumPy and torch's CPU, as numbers and text."""
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, _as_text(np.array(internal, dtype=np.uint32)), gauss],
+        "numpy": _as_text(np.random.get_state(legacy=False)),
+        "torch": _as_text(torch.get_rng_state().numpy()),
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Sets every global generator to what `capture_random_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
+    restore_cpu_random_state(state)
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def restore_cpu_random_state(state: dict[str, Any]) -> None:
+    """Sets the generators to what `capture_cpu_random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(_from_text(internal).tolist()), gauss))
+    np.random.set_state(_from_text(state["numpy"]))
+    torch.set_rng_state(torch.from_numpy(_from_text(state["torch"])))
+
+
+def _as_text(value: Any) -> Any:
+    """The value with each array in it as its dtype and its bytes."""
+    if isinstance(value, dict):
+        return {name: _as_text(inner) for name, inner in value.items()}
+    return [value.dtype.str, value.tobytes().hex()] if isinstance(value, np.ndarray) else value
+
+
+def _from_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _from_text(inner) for name, inner in value.items()}
+    return np.array(np.frombuffer(bytes.fromhex(value[1]), dtype=value[0])) if isinstance(value, list) else value
