@@ -190,9 +190,6 @@ class _Machine:
                     elif opcode == 0x4B:  # BININT1
                         stack.append(data[at])
                         at += 1
-                    elif opcode == 0x4A:  # BININT
-                        stack.append(unpack_from("<i", data, at)[0])
-                        at += 4
                     elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
                         if opcode == 0x58:
                             length = unpack_from("<I", data, at)[0]
@@ -219,6 +216,11 @@ class _Machine:
                                 break
                         self.below_marks.append(stack)
                         stack = self.stack = []
+                    elif opcode == 0x7D:  # EMPTY_DICT
+                        stack.append({})
+                    elif opcode == 0x4A:  # BININT
+                        stack.append(unpack_from("<i", data, at)[0])
+                        at += 4
                     elif opcode == 0x8A and at + 5 < end and data[at] <= 5:  # LONG1, as in the state of Python's random
                         after = at + 1 + data[at]
                         stack.append(int.from_bytes(data[at + 1 : after], "little", signed=True))
@@ -565,7 +567,6 @@ _QUANTIZATION_SCHEMES = ("_affine", "_symmetric", "_qparams")
 # NEWOBJ_EX and LONG4, which no checkpoint has; PERSID and the buffers of another process.
 _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x95: _Machine.frame,
-    0x7D: lambda m: m.stack.append({}),
     0x5D: lambda m: m.stack.append([]),
     0x8F: _Machine.empty_set,
     0x91: _Machine.frozen_set,
