@@ -51,6 +51,7 @@ from enstack_lightning.guard.loading.repair import (
     repair_trainer,
 )
 from enstack_lightning.guard.loading.resume_report import log_scalars, resume_lines, resume_scalars
+from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.exactness import lost_guarantees
 from enstack_lightning.guard.restart.loader_position import (
     keep_random_state_of_workers,
@@ -278,8 +279,9 @@ class CheckpointGuard(Callback):
             restore_loader_position(trainer)
         if self._restart is not None:
             self._restart.count_batches_of_another_size()
-            if self._loaded is not None and self._restart.has_order and not self._restart.order_kept:
-                self._loaded = dataclasses.replace(self._loaded, loader_position=False)
+            if self._loaded is not None and self._restart.has_order:
+                is_lost = on_any_rank(trainer, not self._restart.order_kept)
+                self._loaded = dataclasses.replace(self._loaded, loader_position=not is_lost)
         self._run = run_of(trainer, self._given)
         self._health.start(trainer, self._checkpoint_io)
         if self._loaded is None:
