@@ -10,8 +10,10 @@ import pytest
 import torch
 from builders import edited
 from exact_runs import train
+from lightning.pytorch import Callback
 
 from enstack_lightning.errors import CheckpointGuardError
+from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODULE, TRAINER = {"order": "plain"}, {"accumulate_grad_batches": 3, "max_epochs": 1}
@@ -58,6 +60,32 @@ def test_an_odd_state_of_the_guard_ends_in_a_sentence(odd: str, saved: Path, tmp
     path = edited(saved, tmp_path / "odd.ckpt", ODD[odd])
     with pytest.raises(CheckpointGuardError, match=r"state of CheckpointGuard in checkpoint \S+odd.ckpt cannot be"):
         train(tmp_path, MODULE, TRAINER, path)
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for v in inner for tensor in tensors_in(v)]
+
+
+class Held(Callback):
+    """What a guard holds of a checkpoint once training has begun."""
+
+    def __init__(self, guard: CheckpointGuard) -> None:
+        self.guard = guard
+        self.tensors: list[torch.Tensor] | None = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.guard._restart is not None
+        self.tensors = tensors_in(vars(self.guard._restart))
+
+
+def test_no_tensor_of_a_checkpoint_is_held_while_training_goes_on(saved: Path, tmp_path: Path) -> None:
+    """Of an accumulation window, the gradients of every process are among them."""
+    held = Held(guard := CheckpointGuard())
+    train(tmp_path, MODULE, TRAINER, saved, (held,), guard=guard)
+    assert held.tensors == []
 
 
 def test_the_state_as_it_was_saved_is_restored(saved: Path, tmp_path: Path) -> None:

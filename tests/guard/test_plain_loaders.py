@@ -170,13 +170,13 @@ def test_resumed_three_times(trainer: dict[str, Any], tmp_path: Path) -> None:
     assert differences(whole, train(tmp_path / "last", module, trainer, path, seed=9, kind=Loaded)) == []
 
 
-def test_a_loader_that_is_made_before_the_loops_are_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", [{}, {"reload_dataloaders_every_n_epochs": 1}], ids=["once", "reloaded"])
+def test_a_loader_that_is_made_before_the_loops_are_restored(trainer: dict[str, Any], tmp_path: Path) -> None:
     module = {"loader": "shuffle", "noise": True, "early": True}
-    whole = train(tmp_path, module, {}, saves=NAMES, kind=Loaded)
+    whole = train(tmp_path, module, trainer, saves=NAMES, kind=Loaded)
     for name in NAMES:
-        assert (
-            differences(whole, train(tmp_path / "a", module, {}, tmp_path / f"{name}.ckpt", seed=9, kind=Loaded)) == []
-        )
+        again = train(tmp_path / "a", module, trainer, tmp_path / f"{name}.ckpt", seed=9, kind=Loaded)
+        assert differences(whole, again) == []
 
 
 class SetsEpoch(Callback):

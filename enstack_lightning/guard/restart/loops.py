@@ -69,11 +69,12 @@ class ExactRestart:
 
     def __init__(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self.trainer: Any = trainer
-        self.resume: dict[str, Any] = state.get("resume") or {}
+        self.resume: dict[str, Any] = {**(state.get("resume") or {})}
+        ranks = self.resume.pop("ranks", None) or [{"random_state": state.get("random_state")}]
         self.point = self.resume.get("point", "elsewhere")
         self.batch_size = (state.get("run") or {}).get("batch_size")
         self._give_searches_back: Callable[[], None] = lambda: None
-        ranks = self.resume.get("ranks") or [{"random_state": state.get("random_state")}]
+        self._load_states: Callable[[], None] | None = None
         self.has_order = any(rank.get("order") for rank in ranks)
         """Whether the checkpoint holds the order of a plain loader."""
         self.order_kept: bool | None = None
@@ -113,6 +114,8 @@ class ExactRestart:
     def _reset(self) -> None:
         loop = self.trainer.fit_loop
         batch = loop.epoch_loop.batch_progress
+        if self._load_states is not None:
+            loop._load_combined_loader_states = self._load_states
         if self.mine.get("order") and self.order_kept is None and loop._data_fetcher is not None:
             self._restore_order()  # the loader was made before the checkpoint was loaded
             iter(loop._data_fetcher)
@@ -135,9 +138,11 @@ class ExactRestart:
         loop.on_run_start()
         elsewhere_inside = self.point == "elsewhere" and loop.restarted_mid_epoch
         begin_epoch_in_callbacks(self.trainer, inside=self.point in _IN_EPOCH or elsewhere_inside)
+        has_epoch = bool(self.mine.get("epoch"))
         with _explained(self.trainer):
             self._restore_all()
-        if self.point == "epoch_end" and self.mine.get("epoch"):
+        self.mine, self.loader_states = {}, None  # gradients are as large as the model
+        if self.point == "epoch_end" and has_epoch:
             self._end_epoch()
         if self.point in _EPOCH_DONE:
             self._restore_early_stop()
@@ -174,14 +179,16 @@ class ExactRestart:
     # Parts
 
     def _restore_order_with_the_loader(self) -> None:
-        """When the training loader is made, before its iterator is."""
+        """Whenever the training loader is made before the loops are reset, and before its iterator is.
+
+        It is made twice where a schedule asks for its length and loaders are made anew by epoch.
+        """
         loop = self.trainer.fit_loop
         if not self.mine.get("order") or not hasattr(loop, "_load_combined_loader_states"):
             return
-        before = loop._load_combined_loader_states
+        before = self._load_states = loop._load_combined_loader_states
 
         def load() -> None:
-            loop._load_combined_loader_states = before
             before()
             self._restore_order()
 
