@@ -55,6 +55,7 @@ from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.exactness import lost_guarantees
 from enstack_lightning.guard.restart.loader_position import (
     keep_random_state_of_workers,
+    keeps_every_position,
     restore_loader_position,
     stop_keeping_random_state_of_workers,
 )
@@ -279,9 +280,8 @@ class CheckpointGuard(Callback):
             restore_loader_position(trainer)
         if self._restart is not None:
             self._restart.count_batches_of_another_size()
-            if self._loaded is not None and self._restart.has_order:
-                is_lost = on_any_rank(trainer, not self._restart.order_kept)
-                self._loaded = dataclasses.replace(self._loaded, loader_position=not is_lost)
+        if self._loaded is not None and self._is_position_lost(trainer):
+            self._loaded = dataclasses.replace(self._loaded, loader_position=False)
         self._run = run_of(trainer, self._given)
         self._health.start(trainer, self._checkpoint_io)
         if self._loaded is None:
@@ -360,6 +360,11 @@ class CheckpointGuard(Callback):
             self._options, select=("CK904", "CK905", "CK906", "CK909"), run_config=settings_before_restoring(trainer)
         )
         self._stop_if_refused(report_on(lambda: loaded, loaded.path, options))
+
+    def _is_position_lost(self, trainer: Trainer) -> bool:
+        if self._restart is not None and self._restart.has_order:
+            return on_any_rank(trainer, not self._restart.order_kept)
+        return not keeps_every_position(trainer)
 
     def _options_for(self, trainer: Trainer) -> Options:
         fitting = trainer.state.fn == FITTING

@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.guard import CheckpointGuard
 from enstack_lightning.guard.restart.plain_order import KnownOrder, forget_order, know_order
@@ -246,6 +247,45 @@ def test_lasting_workers_that_ran_before_the_fit_are_said(tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         train(tmp_path / "a", {"loader": used}, {"max_epochs": 1}, tmp_path / "batch-3.ckpt", kind=Shared)
     assert "the loader gives other batches than before" in exactness(caplog)
+
+
+class WithoutLength(Sampler[list[int]]):
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from torch.randperm(ROWS).reshape(BATCHES, BATCH_SIZE).tolist()
+
+
+def test_the_batch_that_is_fetched_ahead_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lightning fetches one ahead of a loader whose length it does not know."""
+
+    def module() -> dict[str, Any]:
+        return {"loader": DataLoader(Rows(False), batch_sampler=WithoutLength())}
+
+    whole = train(tmp_path, module(), {"max_epochs": 2}, saves=NAMES, kind=Shared)
+    for name in NAMES:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            again = train(tmp_path / "a", module(), {"max_epochs": 2}, tmp_path / f"{name}.ckpt", seed=9, kind=Shared)
+        assert differences(whole, again) == []
+        assert "for the batch that Lightning fetches ahead is drawn anew" in exactness(caplog)
+
+
+class Two(Loaded):
+    """Two loaders, of which the other keeps its position."""
+
+    def train_dataloader(self) -> Any:
+        return [super().train_dataloader(), StatefulDataLoader(Rows(False), batch_size=BATCH_SIZE)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx)
+
+
+def test_a_plain_loader_beside_one_that_keeps_its_position_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, {"loader": "shuffle"}, {"max_epochs": 1}, saves=("batch-3",), kind=Two)
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "a", {"loader": "shuffle"}, {"max_epochs": 1}, tmp_path / "batch-3.ckpt", kind=Two)
+    assert "3 batches are trained twice, since the loader's position is not in the checkpoint" in exactness(caplog)
 
 
 class Halves(Callback):

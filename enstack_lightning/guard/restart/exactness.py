@@ -8,7 +8,7 @@ import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
-from enstack_lightning.guard.restart.plain_order import draws_in_workers
+from enstack_lightning.guard.restart.plain_order import drawn_anew
 from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
 
 if TYPE_CHECKING:
@@ -50,11 +50,8 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         count = many(report.resume.batches_repeated, "batch is", "batches are")
         why = "loader gives other batches than before" if restart and restart.has_order else _NO_POSITION
         lost.append(f"{count} trained twice, since the {why}")
-    if restart is not None and restart.order_kept and draws_in_workers(trainer):
-        lost.append(
-            "what a data set draws at random in workers of a plain DataLoader is drawn anew, and else all is the same; "
-            "a StatefulDataLoader keeps it"
-        )
+    if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
+        lost.append(said)
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 

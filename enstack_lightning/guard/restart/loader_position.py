@@ -50,6 +50,13 @@ def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
     return combined._state_dicts() if combined is not None else []
 
 
+def keeps_every_position(trainer: Trainer) -> bool:
+    """Whether all training loaders have states: Lightning restores those that have, and the others begin anew."""
+    combined = trainer.fit_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    return all(callable(getattr(loader, "load_state_dict", None)) for loader in loaders)
+
+
 def begin_epoch_anew(trainer: Trainer) -> None:
     """Makes the training loaders begin the epoch that the loops have come to."""
     loop: Any = trainer.fit_loop

@@ -220,10 +220,22 @@ def restore_order(trainer: Trainer, position: dict[str, Any]) -> bool:
     return order.go_to(position)
 
 
-def draws_in_workers(trainer: Trainer) -> bool:
-    """Whether rows come from the workers of a plain loader, whose random state nothing keeps."""
-    combined = trainer.fit_loop._combined_loader
-    return _only_order(trainer) is not None and combined is not None and combined.flattened[0].num_workers > 0
+def drawn_anew(trainer: Trainer) -> str | None:
+    """What of a data set's random numbers a kept order does not give again, in a sentence; None where all come."""
+    combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    if _only_order(trainer) is None or combined is None:
+        return None
+    if combined.flattened[0].num_workers > 0:
+        return (
+            "what a data set draws at random in workers of a plain DataLoader is drawn anew, and else all is the same; "
+            "a StatefulDataLoader keeps it"
+        )
+    if getattr(fetcher, "length", 0) is None:
+        return (
+            "what a data set draws at random for the batch that Lightning fetches ahead is drawn anew, and else all is "
+            "the same; of a loader with a length it fetches none ahead"
+        )
+    return None
 
 
 def _only_order(trainer: Trainer) -> KnownOrder | None:
