@@ -197,14 +197,22 @@ def test_a_rate_set_by_hand_is_no_change_of_the_configuration(tmp_path: Path) ->
     assert complaints(resume(save(tmp_path, Net(), SetRateByHand()), Net(), SetRateByHand())) == []
 
 
+def saved_without_what_is_frozen(checkpoint: dict[str, Any]) -> None:
+    checkpoint["callbacks"]["CheckpointGuard"]["resume"]["frozen"] = None
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_layers_that_a_callback_unfroze_and_does_not_unfreeze_again_are_said(tmp_path: Path) -> None:
     """Lightning restores the param groups of `BaseFinetuning`, and leaves the layers frozen."""
-    module = Net()
-    report = resume(save(tmp_path, Net(), UnfreezeLater()), module, UnfreezeLater())
+    module, path = Net(), save(tmp_path, Net(), UnfreezeLater())
+    report = resume(edited(path, tmp_path / "other.ckpt", saved_without_what_is_frozen), module, UnfreezeLater())
     assert not module.first.weight.requires_grad
     assert "warning 4 parameters got a gradient and 2 do now: 2 more are frozen" in said(report, "CK913")
     assert "optimizer 0: 2 of 4 parameters have fewer steps than the others (5 to 10)" in said(report, "CK403")
+    module = Net()
+    report = resume(path, module, UnfreezeLater())
+    assert module.first.weight.requires_grad
+    assert complaints(report) == []
 
 
 def test_a_run_that_deliberately_trains_longer_is_no_warning(tmp_path: Path) -> None:
