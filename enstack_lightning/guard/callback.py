@@ -71,8 +71,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-STATE_VERSION = 1
-
 
 class CheckpointGuard(Callback):
     """Guards a Trainer against bad checkpoints; works in any Trainer, with any LightningModule.
@@ -352,7 +350,7 @@ class CheckpointGuard(Callback):
         trainer, run = self._trainer, {}
         if trainer is not None and self._run is not None:
             run = run_entries(trainer, self._run, self._loaded)
-        return {"version": STATE_VERSION, "run": run, "versions": versions(), **capture_resume_state(self._trainer)}
+        return {"run": run, "versions": versions(), **capture_resume_state(self._trainer)}
 
     def _stop_where_nothing_is_left(self, trainer: Trainer, loaded: Facts) -> None:
         """What shows of the run's changes before anything is restored: above all that it would train nothing."""

@@ -90,3 +90,12 @@ def test_no_tensor_of_a_checkpoint_is_held_while_training_goes_on(saved: Path, t
 
 def test_the_state_as_it_was_saved_is_restored(saved: Path, tmp_path: Path) -> None:
     assert train(tmp_path, MODULE, TRAINER, edited(saved, tmp_path / "same.ckpt", lambda c: None))["counters"]
+
+
+@pytest.mark.parametrize("version", [1, None, 99])
+def test_a_state_of_another_version_of_the_guard_is_left_alone(
+    version: object, saved: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = edited(saved, tmp_path / "other.ckpt", lambda c: of_guard(c).update(version=version, random_state="words"))
+    assert train(tmp_path, MODULE, TRAINER, path)["counters"]
+    assert f"version {version!r} and this guard reads 2" in str([str(w.message) for w in recwarn])

@@ -26,7 +26,7 @@ from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
-from enstack_lightning.guard.restart.resume_state import running_statistics
+from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
@@ -51,12 +51,23 @@ def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> Exa
     if not hasattr(trainer.fit_loop, "update_restart_stage"):
         return None
     with _explained(trainer):
-        restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
+        restart = ExactRestart(trainer, _readable((checkpoint.get("callbacks") or {}).get(key) or {}))
     loops = (checkpoint.get("loops") or {}).get("fit_loop", {})
     if restart.loader_states and "state_dict" in loops:
         loops["state_dict"]["combined_loader"] = restart.loader_states
     restart.install()
     return restart
+
+
+def _readable(state: dict[str, Any]) -> dict[str, Any]:
+    """The guard's state; nothing of it where another version of the guard has saved it in another form."""
+    if not state or (saved := state.get("version")) == STATE_VERSION:
+        return state
+    rank_zero_warn(
+        f"CheckpointGuard: its state in the checkpoint has version {saved!r} and this guard reads {STATE_VERSION}. The "
+        "run goes on as Lightning resumes it, with other random numbers; the guard that saved it would go on exactly"
+    )
+    return {}
 
 
 class ExactRestart:

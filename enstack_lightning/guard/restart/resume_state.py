@@ -34,13 +34,17 @@ between_epochs: after it. elsewhere: anything else, such as the middle of a step
 """
 
 
+STATE_VERSION = 2
+"""Of the form of what `capture_resume_state` returns; another form is not restored."""
+
+
 def capture_resume_state(trainer: Any) -> dict[str, Any]:
-    """The entries `random_state`, of this process, and `resume`, of all; plain values and tensors.
+    """The entries `version`, `random_state`, of this process, and `resume`, of all; plain values and tensors.
 
     Args:
         trainer: the `Trainer` whose checkpoint is made; None for a guard outside any.
     """
-    state: dict[str, Any] = {"random_state": capture_random_state()}
+    state: dict[str, Any] = {"version": STATE_VERSION, "random_state": capture_random_state()}
     if trainer is None or trainer.state.fn != FITTING or not hasattr(trainer.fit_loop, "update_restart_stage"):
         return state
     point = point_of(trainer)
