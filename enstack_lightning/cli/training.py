@@ -23,7 +23,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -85,6 +85,14 @@ def data_path_spelled_out(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
+class _SaveConfigOfTraining(SaveConfigCallback):
+    """Leaves what the run was trained with as it is when it is evaluated into the same folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class EnStackCLI(LightningCLI):
     """LightningCLI with the classifier, its data module, the guard and three checkpoints.
 
@@ -109,6 +117,7 @@ class EnStackCLI(LightningCLI):
                 VulnerabilityDataModule,
                 args=args,
                 seed_everything_default=DEFAULT_SEED,
+                save_config_callback=_SaveConfigOfTraining,
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,
                 # Otherwise `hyper_parameters` names a function for load_from_checkpoint to import.

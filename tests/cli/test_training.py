@@ -142,9 +142,11 @@ def test_evaluation_prints_the_metrics_and_the_confusion_matrix(
     stage = "val" if command == "validate" else "test"
     path = run / "checkpoints" / "best_model.ckpt"
     # The model's sizes and the data's options come from the checkpoint.
+    config = (run / "logs" / "config.yaml").read_bytes()
     call = [command, "--data", str(data), "--data.cache_dir", str(cache), "--trainer.default_root_dir", str(run)]
     assert main([*call, "--trainer.accelerator", "cpu", "--ckpt_path", str(path)]) == 0
     printed = capsys.readouterr().out
+    assert (run / "logs" / "config.yaml").read_bytes() == config, "it is what resume-check starts the run with"
     for metric in ("accuracy", "f1", "precision", "recall", "macro_f1", "auroc"):
         assert f"{stage}/{metric}" in printed
     assert "true \\ predicted  CWE-119" in printed
