@@ -144,6 +144,18 @@ class Gan(LightningModule):
         return DataLoader(TensorDataset(features(ROWS)), batch_size=BATCH_SIZE)
 
 
+class ScheduledGan(Gan):
+    """A `Gan` that steps its schedulers itself."""
+
+    def on_train_epoch_end(self) -> None:
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        return optimizers, [schedules.ExponentialLR(o, 0.9) for o in optimizers]
+
+
 class UnfreezeLater(BaseFinetuning):
     def freeze_before_training(self, pl_module: LightningModule) -> None:
         self.freeze(pl_module.first)
@@ -945,6 +957,19 @@ def test_the_resume_report_says_steps_calculation_and_rates(tmp_path: Path, capl
         "verdict          PASS",
     ):
         assert line in told
+
+
+def test_the_report_expects_no_steps_that_manual_optimization_counts_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several optimizers take more steps than an epoch has batches, and the loop counts no step of a scheduler."""
+    path = save(tmp_path, ScheduledGan())
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        resume(path, ScheduledGan())
+        resume(path, ScheduledGan(), max_steps=30)
+    told = [r.getMessage() for r in caplog.records]
+    steps = [line for line in told if line.startswith(("global step", "scheduler steps"))]
+    assert steps == ["global step      16", "scheduler steps  4", "global step      16 of 30", "scheduler steps  4"]
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,13 @@ def resume_lines(
 
 def _steps(report: Report) -> list[tuple[str, str]]:
     facts, plan = report.facts, report.resume
-    p, total = facts.progress, facts.run.total_steps
+    p, several = facts.progress, len(facts.optimizers or ()) > 1
+    # Several optimizers step when the module says so: no number of epochs tells how often.
+    total = facts.run.max_steps if several else facts.run.total_steps
     lines = []
     if p.global_step is not None:
-        of = "" if total is None else f" of {total:,}"
-        lines.append(("global step", f"{p.global_step:,}{of}{_calculation(facts)}"))
+        of = "" if total is None or total < 0 else f" of {total:,}"
+        lines.append(("global step", f"{p.global_step:,}{of}{'' if several else _calculation(facts)}"))
     expected = expected_steps(facts, report.options)
     actual = None if plan is None else plan.optimizer_steps
     if plan is not None:
@@ -71,7 +73,11 @@ def _steps(report: Report) -> list[tuple[str, str]]:
         )
     positions = [s.last_epoch for s in facts.schedulers or () if s.last_epoch is not None]
     if positions:
-        lines.append(("scheduler steps", f"{sum(positions):,}, expected {p.scheduler_steps or 0:,}"))
+        actual, counted = sum(positions), p.scheduler_steps or 0
+        # Manual optimization steps its schedulers itself, and the loop counts none.
+        lines.append(
+            ("scheduler steps", f"{actual:,}, expected {counted:,}" if counted or not actual else f"{actual:,}")
+        )
     return lines
 
 
