@@ -46,6 +46,8 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
         lost.append("it was saved in the middle of a step, and what was left of that step is not done again")
+    if restart is not None and restart.leaves_out_fetched:
+        lost.append("a batch that the loader had given ahead is in no checkpoint, and is left out")
     if report.resume is not None and report.resume.batches_repeated:
         count = many(report.resume.batches_repeated, "batch is", "batches are")
         why = "loader gives other batches than before" if restart and restart.has_order else _NO_POSITION

@@ -23,6 +23,7 @@ import torch
 from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
+from enstack_lightning.guard.restart.fetched_ahead import give_first
 from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
@@ -101,6 +102,8 @@ class ExactRestart:
             )
 
         self.loader_states: list[dict[str, Any]] | None = self.mine.get("loaders")
+        self.leaves_out_fetched = "fetched" in self.mine and self.mine["fetched"] is None
+        """Whether batches that were fetched before the save could not be saved."""
 
     def install(self) -> None:
         """To be called before the loops are restored."""
@@ -110,7 +113,7 @@ class ExactRestart:
         if self.point in _IN_EPOCH:
             _once(loop.epoch_loop, "advance", self._advance)
         self._give_searches_back = skip_searches(self.trainer, self.batch_size)
-        self._restore_order_with_the_loader()
+        self._prepare_the_loader()
 
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
@@ -189,21 +192,27 @@ class ExactRestart:
 
     # Parts
 
-    def _restore_order_with_the_loader(self) -> None:
+    def _prepare_the_loader(self) -> None:
         """Whenever the training loader is made before the loops are reset, and before its iterator is.
 
         It is made twice where a schedule asks for its length and loaders are made anew by epoch.
         """
         loop = self.trainer.fit_loop
-        if not self.mine.get("order") or not hasattr(loop, "_load_combined_loader_states"):
+        prepare = self._restore_order if self.mine.get("order") else self._give_fetched_first
+        wanted = self.mine.get("order") or self.mine.get("fetched")
+        if not wanted or not hasattr(loop, "_load_combined_loader_states"):
             return
         before = self._load_states = loop._load_combined_loader_states
 
         def load() -> None:
             before()
-            self._restore_order()
+            prepare()
 
         loop._load_combined_loader_states = load
+
+    def _give_fetched_first(self) -> None:
+        with _explained(self.trainer):
+            give_first(self.trainer, list(self.mine["fetched"]))
 
     def _restore_order(self) -> None:
         with _explained(self.trainer):

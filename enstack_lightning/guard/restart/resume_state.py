@@ -16,6 +16,7 @@ import torch
 from enstack_lightning.guard.flavor import FITTING, is_a
 from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
+from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
 from enstack_lightning.guard.restart.loader_position import capture_generators, loader_states
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
 from enstack_lightning.guard.restart.plain_order import capture_order
@@ -54,6 +55,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "generators": capture_generators(trainer),
         "gradients": {},
         "order": capture_order(trainer, inside_a_step=point == "elsewhere"),
+        "fetched": capture_fetched(trainer),
     }
     if point in ("batch_end", "validation_end", "after_batch") and inside_a_window(trainer):
         mine["gradients"] = capture_gradients(trainer)
