@@ -41,6 +41,7 @@ from enstack_lightning.guard.loading.decision import (
     stop_guarding_loading,
 )
 from enstack_lightning.guard.loading.fresh_start import doubts, earlier_run
+from enstack_lightning.guard.loading.passed_over import passed_over
 from enstack_lightning.guard.loading.renamed import forget_renamed
 from enstack_lightning.guard.loading.repair import (
     Repair,
@@ -195,7 +196,8 @@ class CheckpointGuard(Callback):
 
     def _judge(self, trainer: Trainer, asked: str) -> Decision:
         """Which checkpoint is loaded; called on rank 0 only."""
-        fallback: Fallback = self.fallback if trainer.state.fn == FITTING else "none"
+        fitting = trainer.state.fn == FITTING
+        fallback: Fallback = self.fallback if fitting else "none"
         if reads_formats_of_its_own(trainer.strategy):
             report = self._verify(trainer, asked)
             if report.facts.format is Format.UNKNOWN:
@@ -203,6 +205,8 @@ class CheckpointGuard(Callback):
                 return Decision(asked)
         choice = choose(asked, lambda path: self._verify(trainer, path), fallback, self.strict)
         check_form(trainer.strategy, choice.report)
+        if fitting and (said := passed_over(choice.report, lambda path: self._verify(trainer, path))):
+            rank_zero_warn(f"CheckpointGuard: {said}")
         if not choice.refused:
             return Decision(choice.path, choice.report)
         moved = set_aside(choice.refused)

@@ -116,9 +116,7 @@ def test_a_change_of_accumulation_shows_in_the_counters(trained: Path, tmp_path:
         checkpoint["callbacks"]["CheckpointGuard"]["run"]["accumulate_grad_batches"] = 2
 
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
-    assert "7 optimizer steps, where 1 epochs of 5 batches and 2 more, 2 a step, give 4" in said(
-        report, "CK302", "info"
-    )
+    assert "7 optimizer steps, where 1 epoch of 5 batches and 2 more, 2 a step, give 4" in said(report, "CK302", "info")
     assert report.verdict is Verdict.PASS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
@@ -95,6 +96,24 @@ def test_a_bad_file_is_refused_by_path_and_by_url(
     with pytest.raises(CheckpointGuardError, match=rf"{path} must not be used: CK104"):
         getattr(quiet_trainer(tmp_path, CheckpointGuard()), entry_point)(Evaluated(), ckpt_path=path)
     assert not loads
+
+
+@pytest.mark.parametrize(("recovery", "age"), [("step=7", 10), ("step=7", -10), ("step=3", 10), ("damaged", 10)])
+def test_a_recovery_checkpoint_that_last_passes_over_is_said(
+    recovery: str, age: int, run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Lightning's search for the last checkpoint looks for files called `last`."""
+    (tmp_path / "saved").mkdir()
+    last = Path(shutil.copy(run / "step=5.ckpt", tmp_path / "saved" / "last.ckpt"))
+    kept = Path(shutil.copy(cut(run / "step=7.ckpt") if recovery == "damaged" else run / f"{recovery}.ckpt", tmp_path))
+    kept = kept.rename(last.with_name("recovery_checkpoint.ckpt"))
+    os.utime(kept, (last.stat().st_atime, last.stat().st_mtime + age))
+    callback = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    resumed = quiet_trainer(tmp_path, CheckpointGuard(), callback, enable_checkpointing=True)
+    resumed.fit(TinyModule(), ckpt_path="last")
+    said = [str(w.message) for w in recwarn if "are trained again" in str(w.message)]
+    assert bool(said) == (recovery == "step=7" and age > 0)
+    assert not said or f"{kept} holds 7 steps and {last}, which is loaded, 5: 2 are trained again" in said[0]
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -94,8 +94,14 @@ def test_the_state_as_it_was_saved_is_restored(saved: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("version", [1, None, 99])
 def test_a_state_of_another_version_of_the_guard_is_left_alone(
-    version: object, saved: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    version: object,
+    saved: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = edited(saved, tmp_path / "other.ckpt", lambda c: of_guard(c).update(version=version, random_state="words"))
-    assert train(tmp_path, MODULE, TRAINER, path)["counters"]
+    with caplog.at_level("INFO"):
+        assert train(tmp_path, MODULE, TRAINER, path)["counters"]
+    assert "not promised: another version of the guard has saved it" in caplog.text
     assert f"version {version!r} and this guard reads 2" in str([str(w.message) for w in recwarn])

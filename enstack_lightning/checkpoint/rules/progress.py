@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from enstack_lightning.checkpoint.facts import Facts, Format
 from enstack_lightning.checkpoint.resume import plan_resume
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.wording import many
 
 _ANOTHER = "Use another checkpoint of this run."
 
@@ -153,8 +154,8 @@ def _steps_of_the_run(facts: Facts) -> Iterator[Outcome]:
     expected = whole * math.ceil(batches / accumulation) + last
     if expected != p.optimizer_steps:
         yield info(
-            f"{p.optimizer_steps:,} optimizer steps, where {whole:,} epochs of {batches:,} batches and {rest:,} more, "
-            f"{accumulation:,} a step, give {expected:,}",
+            f"{p.optimizer_steps:,} optimizer steps, where {many(whole, 'epoch')} of {batches:,} batches and {rest:,} "
+            f"more, {accumulation:,} a step, give {expected:,}",
             "loops",
             "Expected under manual optimization, after max_steps or early stopping inside an epoch, or if batches or "
             "accumulation changed during the run.",

@@ -42,7 +42,9 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
     """
     changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
     lost = [said for code, said in _LOST.items() if code in changed]
-    if restart is None or not restart.mine.get("random_state"):
+    if restart is not None and restart.is_of_another_version:
+        lost.append("another version of the guard has saved it")
+    elif restart is None or not restart.mine.get("random_state"):
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
         lost.append("it was saved in the middle of a step, and what was left of that step is not done again")

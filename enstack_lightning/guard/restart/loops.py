@@ -52,23 +52,12 @@ def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> Exa
     if not hasattr(trainer.fit_loop, "update_restart_stage"):
         return None
     with _explained(trainer):
-        restart = ExactRestart(trainer, _readable((checkpoint.get("callbacks") or {}).get(key) or {}))
+        restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
     loops = (checkpoint.get("loops") or {}).get("fit_loop", {})
     if restart.loader_states and "state_dict" in loops:
         loops["state_dict"]["combined_loader"] = restart.loader_states
     restart.install()
     return restart
-
-
-def _readable(state: dict[str, Any]) -> dict[str, Any]:
-    """The guard's state; nothing of it where another version of the guard has saved it in another form."""
-    if not state or (saved := state.get("version")) == STATE_VERSION:
-        return state
-    rank_zero_warn(
-        f"CheckpointGuard: its state in the checkpoint has version {saved!r} and this guard reads {STATE_VERSION}. The "
-        "run goes on as Lightning resumes it, with other random numbers; the guard that saved it would go on exactly"
-    )
-    return {}
 
 
 class ExactRestart:
@@ -81,6 +70,14 @@ class ExactRestart:
 
     def __init__(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self.trainer: Any = trainer
+        self.is_of_another_version = bool(state) and state.get("version") != STATE_VERSION
+        if self.is_of_another_version:
+            rank_zero_warn(
+                f"CheckpointGuard: its state in the checkpoint has version {state.get('version')!r} and this guard "
+                f"reads {STATE_VERSION}. The run goes on as Lightning resumes it, with other random numbers; the guard "
+                "that saved it would go on exactly"
+            )
+            state = {}
         self.resume: dict[str, Any] = {**(state.get("resume") or {})}
         ranks = self.resume.pop("ranks", None) or [{"random_state": state.get("random_state")}]
         self.point = self.resume.get("point", "elsewhere")
