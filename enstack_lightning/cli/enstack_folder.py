@@ -28,6 +28,7 @@ from enstack_lightning.cli.folder_optimizer import fitted
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.live import loaded_facts
+from enstack_lightning.guard.restart.resume_state import STATE_VERSION
 from enstack_lightning.model.network import default_label_names, quiet_transformers
 
 _STATE = "training_state.pth"
@@ -204,7 +205,7 @@ def _steps(
 def _guard_state(batches: int, accumulation: int, scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """What a guard would have recorded, as far as it is known: the run, and the moment between two epochs."""
     return {
-        "version": 1,
+        "version": STATE_VERSION,
         "run": {
             "batches_per_epoch": batches,
             "accumulate_grad_batches": accumulation,
