@@ -139,9 +139,8 @@ class _Reading:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(threads) as pool:
-            working = [pool.submit(self._work) for _ in range(threads)]
             try:
-                for work in working:
+                for work in [pool.submit(self._work) for _ in range(threads)]:
                     work.result()
             finally:
                 self._stopped = True  # an interrupt, or an error in one thread, must not wait for the others to finish
