@@ -55,7 +55,7 @@ class Source(ABC):
         """
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Says which `(offset, count)` ranges will be read next, so that a remote source can fetch them together."""
+        """Says which `(offset, count)` ranges will be read next, so that a store or a disk can fetch them together."""
         return
 
     def part(self, offset: int, size: int) -> Source:
@@ -106,6 +106,24 @@ class LocalSource(Source):
         if len(data) != count:
             raise ContainerDefectError("truncated", f"{what} ends after {len(data):,} of {count:,} bytes")
         return data
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Has the kernel read them side by side, where the first is not in memory: in turn, each waits for the disk."""
+        ranges = iter(ranges)
+        first = next(ranges, None)
+        if first is None or self._is_in_memory(*first):
+            return
+        for start, end in joined((offset, offset + count) for offset, count in (first, *ranges)):
+            os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _is_in_memory(self, offset: int, count: int) -> bool:
+        """True also where the system cannot tell (preadv(2), Linux from 4.14)."""
+        try:
+            return os.preadv(self._fd, [bytearray(min(count, 1))], offset, os.RWF_NOWAIT) >= 0
+        except BlockingIOError:
+            return False
+        except (AttributeError, OSError):
+            return True
 
     def local_fd(self) -> tuple[int, int] | None:
         return self._fd, 0

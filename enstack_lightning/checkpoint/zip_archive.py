@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
@@ -78,10 +79,10 @@ class ZipArchive:
         directory = _find_directory(source)
         entries = _read_directory(source, directory)
         entries.sort(key=_header_offset)
+        source.prefetch(_beside_payloads(entries, directory.start))
         if source.local_fd() is not None and (records := _as_torch_writes(source, entries, directory.start)):
             self.records = records
             return
-        self._prefetch(entries, directory.start)
         self._ahead = 0 if source.local_fd() is None else _READ_AHEAD_BYTES
         self._near, self._near_offset = b"", 0
         self.records = self._read_headers(entries, directory.start)
@@ -91,21 +92,6 @@ class ZipArchive:
         for record in self.records.values():
             if record.size and record.offset % alignment:
                 self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] += 1
-
-    def _prefetch(self, entries: list[_Entry], end: int) -> None:
-        """Asks for all headers, descriptors and whatever small lies between them in one go, and for the pickle."""
-        if self._source.local_fd() is not None:
-            return
-        ranges = []
-        for entry, border in zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True):
-            whole = border - entry.header_offset
-            if entry.name == "data.pkl" and whole <= MAX_PREFETCHED_RECORD:
-                ranges.append((entry.header_offset, whole))
-            elif whole > 0:
-                head = _LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES
-                ranges.append((entry.header_offset, min(whole, head)))
-                ranges.append((max(border - _DESCRIPTOR64.size, entry.header_offset), min(whole, _DESCRIPTOR64.size)))
-        self._source.prefetch(ranges)
 
     def _read_headers(self, entries: list[_Entry], end: int) -> dict[str, Record]:
         """Compares each record's own header with the directory, and that the records fill the file up to `end`."""
@@ -211,6 +197,22 @@ def _as_torch_writes(source: Source, entries: list[_Entry], end: int) -> dict[st
 
 _PADDINGS = {n + 4: _PADDING_EXTRA + n.to_bytes(2, "little") + b"Z" * n for n in range(2 * DEFAULT_ALIGNMENT)}
 """Torch's extra fields by their length: what puts the payload behind one at a multiple of 64."""
+
+
+def _beside_payloads(entries: list[_Entry], end: int) -> Iterator[tuple[int, int]]:
+    """Offset and length of all headers, descriptors and whatever small lies between them, and of the pickle.
+
+    Begins in the middle, which is in memory only if all is: both ends have been read already.
+    """
+    spans = list(zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True))
+    half = len(spans) // 2
+    for entry, border in (*spans[half:], *spans[:half]):
+        start, whole = entry.header_offset, border - entry.header_offset
+        if entry.name == "data.pkl" and whole <= MAX_PREFETCHED_RECORD:
+            yield start, whole
+        elif whole > 0:
+            yield start, min(whole, _LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES)
+            yield max(border - _DESCRIPTOR64.size, start), min(whole, _DESCRIPTOR64.size)
 
 
 class _Directory(NamedTuple):
