@@ -20,7 +20,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest -s -m faults_long tests/faults tests/guard
+	$(BIN)/python -m pytest -s -m faults_long tests
 
 benchmark: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py

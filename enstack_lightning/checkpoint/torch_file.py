@@ -100,6 +100,7 @@ class TorchFile:
             r.size for r in self.records.values() if not r.crc32 and self._checksum_of(r) is None
         )
         self._compared: set[str] = set()
+        self._whole: set[str] = set()
         self._scalars: dict[str, bytes] = {}
         self._scalar_bytes = 0
         self._byteorder: Literal["<", ">"] = "<"
@@ -181,8 +182,8 @@ class TorchFile:
         storage = tensor.storage
         if storage is None:
             return
-        size = self._check_record(storage)
         name = _STORAGE + storage.key
+        size = self.records[name].size if name in self._whole else self._check_record(storage, name)
         itemsize = DTYPE_BYTES.get(tensor.dtype)
         if itemsize is None:
             raise ContainerDefectError("damaged", f"a tensor in it has the unknown dtype {tensor.dtype:.40}", name)
@@ -258,9 +259,8 @@ class TorchFile:
             return record.crc32
         return 0 if self._computes_crc32 and not record.name.startswith(_STORAGE) else None
 
-    def _check_record(self, storage: StorageDescriptor) -> int:
+    def _check_record(self, storage: StorageDescriptor, name: str) -> int:
         """The size of a storage's record, compared with what the pickle says of it."""
-        name = _STORAGE + storage.key
         record = self.records.get(name)
         if record is None:
             raise ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
@@ -273,14 +273,17 @@ class TorchFile:
 
     def _check_references(self, storages: Iterable[StorageDescriptor]) -> None:
         """Whether the storages that the pickle names, and no others, are in the archive."""
-        expected = {_STORAGE + s.key for s in storages}
+        expected = {_PICKLE, *_OWN_RECORDS}
         for storage in storages:
+            name = _STORAGE + storage.key
+            expected.add(name)
             try:
-                self._check_record(storage)
+                self._check_record(storage, name)
+                self._whole.add(name)
             except ContainerDefectError as e:
                 self.defects.append(e)
         for name, record in self.records.items():
-            if name not in expected and name != _PICKLE and name not in _OWN_RECORDS:
+            if name not in expected:
                 beginning = self._source.read_at(record.offset, min(record.size, 2), name)
                 pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
                 message = f"the pickle does not refer to this record; it has {record.size:,} bytes{pickled}"

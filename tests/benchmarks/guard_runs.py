@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_verify import codebert
+from bench_verify import codebert, drop_from_memory
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -149,19 +153,33 @@ def resume_seconds(path: Path, layers: int, timed: Timed | None) -> float:
     raise AssertionError("no batch came")
 
 
-def measure_resume(path: Path, layers: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a resume without the guard and with it, quickly and with the manifest's digests."""
+def one_resume(path: Path, layers: int, options: dict[str, Any] | None) -> tuple[float, float]:
+    """Seconds of a resume, and what of it was the guard's; None is without it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    timed = None if options is None else Timed(**options)
+    return resume_seconds(path, layers, timed), timed.seconds if timed else 0.0
+
+
+def measure_resume(path: Path, layers: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a resume and of the guard's part, by the place that the file is read from and the guard's way.
+
+    Each is a process of its own, as a restart is, forked from one that has imported everything and has run nothing.
+    """
     ways: dict[str, dict[str, Any] | None] = {"without": None, "quick": {"deep": False}, "manifest": {}}
-    wall: dict[str, list[float]] = {way: [] for way in ways}
-    own: dict[str, list[float]] = {way: [] for way in ways}
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["guard_runs"])
+    taken: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(repeats):
-        for way, options in ways.items():
-            timed = None if options is None else Timed(**options)
-            wall[way].append(resume_seconds(path, layers, timed))
-            own[way].append(timed.seconds if timed else 0.0)
+        for place in ("disk", "memory"):
+            for way, options in ways.items():
+                with ProcessPoolExecutor(1, server) as pool:
+                    if place == "disk":
+                        drop_from_memory(path)
+                    taken[f"from {place}, {way}"].append(pool.submit(one_resume, path, layers, options).result())
     return {
-        **{way: statistics.median(taken) for way, taken in wall.items()},
-        **{f"{way}, the guard itself": statistics.median(taken) for way, taken in own.items() if way != "without"},
+        name: (statistics.median(wall for wall, _ in found), statistics.median(own for _, own in found))
+        for name, found in taken.items()
     }
 
 

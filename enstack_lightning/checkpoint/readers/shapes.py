@@ -80,9 +80,10 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
         yield must_be(f"{where}.state", states, "a dict")
         return
     for key, state in states.items():
-        if isinstance(state, Mapping) and "step" in state:
-            yield from _not_a_step(state["step"], f"{where}.state[{shown_value(key):.20}].step")
-        elif isinstance(key, int) and not isinstance(state, Mapping):
+        if isinstance(state, Mapping):
+            if "step" in state and _not_a_step(state["step"], ""):  # many, so that their places are named only then
+                yield from _not_a_step(state["step"], f"{where}.state[{shown_value(key):.20}].step")
+        elif isinstance(key, int):
             yield must_be(f"{where}.state[{shown_value(key)}]", state, "a dict")
 
 

@@ -51,10 +51,13 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
     groups = entry.get("param_groups")
     states = entry.get("state")
     states = states if isinstance(states, Mapping) else {}
-    steps = {}
-    unusable = []
+    steps, moments, unusable = {}, {}, []
     for key, state in states.items():
-        if isinstance(state, Mapping) and "step" in state:
+        if not isinstance(state, Mapping):
+            continue
+        if shapes := _moment_shapes(state):
+            moments[key] = shapes
+        if "step" in state:
             step = number(state["step"])
             step = read_scalar(state["step"]) if step is None else step
             if step is not None and math.isfinite(step):
@@ -66,7 +69,7 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
         steps=steps,
         unusable_steps=tuple(unusable),
         parameters_with_state=sum(1 for s in states.values() if s),
-        moments={key: shapes for key, s in states.items() if isinstance(s, Mapping) and (shapes := _moment_shapes(s))},
+        moments=moments,
     )
 
 
@@ -111,8 +114,7 @@ def _moments_of(entries: list[Any]) -> Iterator[tuple[str, TensorDescriptor]]:
 
 def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of a parameter's tensors, scalars left out."""
-    shapes = {str(name): _shape_of(value) for name, value in state.items()}
-    return {name: shape for name, shape in shapes.items() if shape}
+    return {str(name): shape for name, value in state.items() if (shape := _shape_of(value))}
 
 
 def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:
@@ -227,7 +229,7 @@ def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
 def _shape_of(value: Any) -> tuple[int, ...] | None:
     """A tensor's shape; None for what is no tensor."""
     shape = getattr(value, "shape", None)
-    return None if shape is None or not hasattr(value, "dtype") else tuple(map(int, shape))
+    return None if shape is None or not hasattr(value, "dtype") else tuple(shape)
 
 
 def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
