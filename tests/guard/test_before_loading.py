@@ -319,6 +319,15 @@ def test_steps_that_nothing_tells_are_not_invented(run: Path, tmp_path: Path) ->
         resume(run / "last.ckpt", tmp_path, fallback())
 
 
+def test_steps_that_only_the_manifest_tells_are_counted(run: Path, tmp_path: Path) -> None:
+    """It is set aside with its checkpoint before the sentence is made."""
+    last = (run / "step=7.ckpt").rename(run / "last.ckpt")
+    write_manifest(last, global_step=7)
+    cut(last)
+    with pytest.warns(UserWarning, match="stands at step 5, which costs 2 of 7 steps"):
+        resume(last, tmp_path, fallback())
+
+
 def test_a_link_and_what_it_leads_to_are_set_aside_together(run: Path, tmp_path: Path) -> None:
     (run / "last.ckpt").symlink_to("step=7.ckpt")
     cut(run / "step=7.ckpt")

@@ -15,7 +15,7 @@ from typing import Literal
 
 from enstack_lightning.checkpoint import Report, Severity, Verdict, failure_of, newest_good
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, locate
-from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX, ManifestDefectError, read_manifest
+from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, SET_ASIDE_SUFFIXES, natural_order
 from enstack_lightning.checkpoint.source import object_store
@@ -230,12 +230,10 @@ def _free_name(place: Location, folder: Location) -> str:
 
 def _steps(report: Report) -> int | None:
     """Steps that a checkpoint stands for: by its counters, else by its manifest, else by its name."""
-    if report.facts.progress.global_step is not None:
-        return report.facts.progress.global_step
-    place = locate(report.path)
-    try:
-        of_manifest = read_manifest(_parent(place).child(place.name + MANIFEST_SUFFIX)).global_step
-    except (ManifestDefectError, OSError):
-        of_manifest = None
+    facts = report.facts
+    if facts.progress.global_step is not None:
+        return facts.progress.global_step
+    if facts.manifest is not None and facts.manifest.global_step is not None:
+        return facts.manifest.global_step
     named = re.search(r"(?:^|\W)step=(\d{1,15})(?!\d)", Path(report.path).name)
-    return of_manifest if of_manifest is not None else int(named[1]) if named else None
+    return int(named[1]) if named else None
