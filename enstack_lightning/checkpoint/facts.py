@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 
@@ -240,8 +241,9 @@ class OptimizerFacts:
     def keeps_moments(self) -> bool:
         return any(g.keeps_moments for g in self.groups)
 
-    @property
+    @cached_property
     def most_steps(self) -> int | None:
+        """The steps of the parameter that has most; asked for by many rules, of thousands of parameters."""
         return int(max(self.steps.values())) if self.steps else None
 
 
