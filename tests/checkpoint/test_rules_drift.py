@@ -12,7 +12,8 @@ import yaml
 from builders import TinyModule, enstack_folder, every_epoch, every_step, functions, quiet_trainer, write_jsonl
 from genuine import huggingface_trainer
 
-from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, report_on, verify_checkpoint
+from enstack_lightning.checkpoint.facts import Facts, Format
 from enstack_lightning.checkpoint.rules.drift import settings_of_config
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.guard import CheckpointGuard
@@ -53,6 +54,12 @@ def drift(path: Path, config: dict[str, Any]) -> Report:
 
 def said(report: Report, code: str) -> str:
     return " | ".join(f"{f.severity} {f.message}" for f in report.findings if f.code == code)
+
+
+def test_labels_that_are_no_plain_number_are_not_compared_with_none() -> None:
+    facts = Facts("c.ckpt", Format.LIGHTNING, fields={"loops": "dict"}, hyper_parameters={"num_labels": "<int64>"})
+    options = Options(run_config={"trainer": {"max_epochs": 2}, "model": {"hidden_size": 16}}, select=("CK902",))
+    assert report_on(lambda: facts, "c.ckpt", options).findings == ()
 
 
 @pytest.mark.parametrize("name", ["step=5", "epoch=1"])

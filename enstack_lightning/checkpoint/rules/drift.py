@@ -154,8 +154,9 @@ def drift_of_labels(facts: Facts, options: Options) -> Iterator[Outcome]:
                 f"{section}.{name}",
                 "Give the labels as they were: the weights know each class by its number.",
             )
-    if same(before.model.get("num_labels"), now.model.get("num_labels") or math.nan):
-        yield passed(f"{now.model['num_labels']} labels, as saved")
+    held, wanted = before.model.get("num_labels"), now.model.get("num_labels")
+    if held and wanted and same(held, wanted):
+        yield passed(f"{wanted} labels, as saved")
 
 
 @rule(
