@@ -213,8 +213,8 @@ class _Rows:
 
     def numbers(self) -> list[int] | None:
         if self._copy is not None:
-            self._arrived.synchronize()
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RuntimeError):  # the accelerator may have failed, and the run with it
+                self._arrived.synchronize()
                 self._numbers = _numbers(self._copy)
             self._copy = self._arrived = None
         return self._numbers
@@ -261,6 +261,7 @@ class _LedgerFile:
         self.encoder = Encoder()
         self._fd = -1
         self._syncing: threading.Thread | None = None
+        self._sync_error: OSError | None = None
         self._unsynced = False
         self._path = folder / f"start-{header.start:04}-rank-{header.rank}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
@@ -286,8 +287,9 @@ class _LedgerFile:
 
     def sync(self) -> None:
         """Begins to bring what was written to the disk, while the checkpoint, which takes longer, goes there too."""
-        if self._fd >= 0 and self._unsynced:
+        if self._unsynced:
             self.wait()
+        if self._fd >= 0 and self._unsynced:
             self._unsynced = False
             self._syncing = threading.Thread(target=self._sync, args=(self._fd,), name="ledger-sync", daemon=True)
             self._syncing.start()
@@ -297,12 +299,15 @@ class _LedgerFile:
         if self._syncing is not None:
             self._syncing.join()
             self._syncing = None
+        if self._sync_error is not None:
+            error, self._sync_error = self._sync_error, None
+            self._give_up(error)
 
     def _sync(self, fd: int) -> None:
         try:
             os.fsync(fd)
         except OSError as e:
-            self._give_up(e)
+            self._sync_error = e  # for `wait`: the training thread may be writing to the file now
 
     def close(self) -> None:
         self.sync()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from enstack_lightning.checkpoint.ledger_file import (
     unpack_rows,
 )
 from enstack_lightning.errors import CheckpointNotFoundError
-from enstack_lightning.guard.ledger import _Rows
+from enstack_lightning.guard.ledger import _LedgerFile, _Rows
 
 HEADER = Header("0123456789abcdef", 1, "2026-01-31T12:00:00Z", 0, 1)
 LOADER = Loader(rows=8, batches=2, planned_rows=8, sampler="RandomSampler")
@@ -251,6 +253,33 @@ def test_rows_on_an_accelerator_are_not_waited_for() -> None:
     rows = _Rows(None, torch.tensor([[3, 1], [2, 9]]), Arrives())
     assert (rows.here(), rows.count) == (False, 4)
     assert rows.numbers() == [3, 1, 2, 9]
+
+
+def test_rows_on_an_accelerator_that_failed_do_not_hide_its_error() -> None:
+    class Fails:
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    rows = _Rows(None, torch.tensor([3, 1]), Fails())
+    assert (rows.numbers(), rows.count) == (None, 2)
+
+
+def test_a_disk_that_fails_in_the_background_closes_no_file_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = _LedgerFile(tmp_path, HEADER)
+    monkeypatch.setattr(os, "fsync", fails)
+    file.sync()
+    assert file._syncing is not None
+    file._syncing.join()
+    os.fstat(file._fd)
+    with pytest.warns(UserWarning, match=r"cannot write .*Input/output error.*training goes on without it") as warned:
+        file.close()
+    assert len(warned) == 1
+    file.append(b"after that nothing is written")
 
 
 # Restarts
