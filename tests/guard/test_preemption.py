@@ -313,6 +313,21 @@ def test_what_callbacks_behind_the_guard_do_after_the_batch_is_in_it(tmp_path: P
     assert not [key for key in callbacks if "Last" in key]
 
 
+def test_a_callback_that_fails_in_the_batch_of_the_signal_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            os.kill(os.getpid(), TERM)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise ValueError("this callback fails")
+
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), Fails(), every_epoch(tmp_path))
+    before = list(trainer.callbacks)
+    with pytest.raises(ValueError, match="this callback fails"):
+        trainer.fit(TinyModule())
+    assert trainer.callbacks == before
+
+
 def test_what_is_saved_on_the_exception_does_not_stand_before_it(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", Validated, every_epoch(tmp_path / "whole"), val_check_interval=2)
 

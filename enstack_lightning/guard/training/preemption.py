@@ -68,7 +68,7 @@ class Preemption:
         self._received: int = 0
         self._received_at = 0.0
         self._childrens: Any = None
-        self._waiting = False
+        self._last: _Last | None = None
         self._agreement = _Agreement()
         self._before_validation: tuple[dict[str, Any], dict[str, Any]] | None = None
 
@@ -94,7 +94,10 @@ class Preemption:
                 signal.signal(number, before)
         self._before = {}
         self._hear_children()
-        self._trainer = None
+        if self._trainer is not None and self._last in self._trainer.callbacks:  # type: ignore[attr-defined]
+            # A callback between has raised: in a further run it would save, and end it with its first batch.
+            self._trainer.callbacks.remove(self._last)  # type: ignore[attr-defined]
+        self._trainer = self._last = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:
@@ -176,12 +179,12 @@ class Preemption:
 
     def _afterwards(self, trainer: Trainer, hook: str, act: Callable[[], None]) -> None:
         """Acts after the callbacks that follow in the hook under way, which may still change what is saved."""
-        if not self._waiting:
-            self._waiting = True
-            trainer.callbacks.append(_Last(hook, act))  # type: ignore[attr-defined]
+        if self._last is None:
+            self._last = _Last(hook, act)
+            trainer.callbacks.append(self._last)  # type: ignore[attr-defined]
 
     def _act(self, trainer: Trainer, number: int) -> None:
-        self._waiting = False
+        self._last = None
         requeue = self._handlers(number, lightnings=True) if number != signal.SIGTERM else []
         if requeue:
             for handler in requeue:
