@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor
 
 from enstack_lightning import CheckpointGuard
-from enstack_lightning.guard.saving.background import SnapshotMemory
+from enstack_lightning.guard.saving.background import BackgroundSaves, Snapshot, SnapshotMemory
 from enstack_lightning.guard.saving.comparing import first_difference
 
 WIDE = 1500
@@ -126,6 +126,19 @@ def test_a_snapshot_is_a_copy_of_each_kind_of_tensor(name: str, tmp_path: Path) 
     torch.save(snapshot.checkpoint, tmp_path / "copy.pt")
     assert first_difference(checkpoint, torch.load(tmp_path / "copy.pt")) == ""
     assert (tmp_path / "copy.pt").stat().st_size < 60_000
+
+
+def test_no_save_is_announced_where_there_is_no_memory_for_its_copy() -> None:
+    """It would be waited for, and its path never be let go."""
+
+    class Full(SnapshotMemory):
+        def snapshot(self, checkpoint: dict[str, Any]) -> Snapshot:
+            raise MemoryError
+
+    announced: list[Any] = []
+    with pytest.raises(MemoryError):
+        BackgroundSaves(AsyncCheckpointIO(), announced.append, Full()).save_checkpoint({}, "c.ckpt")
+    assert not announced
 
 
 def test_memory_is_used_again_once_it_is_given_back() -> None:

@@ -4,6 +4,7 @@ one lost."""
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -324,6 +325,29 @@ def test_a_checkpoint_io_that_writes_folders(exchange: bool, tmp_path: Path, mon
             file.write(b"old")
     trainer.strategy.remove_checkpoint(tmp_path / "c")
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot exchange two names."""
+    old, new = tmp_path / "c", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name.txt").write_text(folder.name)
+    replace = os.replace
+
+    def fails_for_the_new(one: Path, other: Path) -> None:
+        if one == new:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        replace(one, other)
+
+    monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
+    monkeypatch.setattr(os, "replace", fails_for_the_new)
+    with pytest.raises(OSError, match="Stale"):
+        atomic.put_in_place(new, old)
+    assert names(tmp_path) == ["c", "new"]
+    assert (old / "name.txt").read_text() == "c"
 
 
 class Elsewhere(CheckpointIO):

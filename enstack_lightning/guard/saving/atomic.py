@@ -248,7 +248,11 @@ def _exchange(staged: Path, target: Path) -> None:
         previous = target.with_name(target.name + _PREVIOUS)
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(target, previous)  # noqa: PTH105
-        os.replace(staged, target)  # noqa: PTH105
+        try:
+            os.replace(staged, target)  # noqa: PTH105
+        except OSError:
+            os.replace(previous, target)  # noqa: PTH105
+            raise
         sync_folder(target.parent)
         discard(previous)
 

@@ -117,8 +117,8 @@ class BackgroundSaves:
         self._installed = True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
-        self._announce(path)
         handed_on = checkpoint if self._memory is None else self._memory.snapshot(checkpoint)
+        self._announce(path)
         self._save(handed_on, path, *args, **kwargs)
 
     def teardown(self) -> None:

@@ -113,10 +113,10 @@ class GuardedCheckpointIO(CheckpointIO):
             self._save_and_release(checkpoint, path, storage_options)
 
     def _save_and_release(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
-        is_saved = False
-        asked, path = path, self.place_for(checkpoint, path)
-        target = local_path(path)
+        asked, is_saved = path, False
         try:
+            path = self.place_for(checkpoint, path)
+            target = local_path(path)
             saved = None
             if target is not None and not is_device(target) and self._writes_where_told is not False:
                 self.remove_leftovers(target.parent)
