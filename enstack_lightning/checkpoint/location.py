@@ -53,6 +53,11 @@ class Location(ABC):
             OSError: the folder cannot be listed.
         """
 
+    @property
+    @abstractmethod
+    def parent(self) -> Location:
+        """The folder that it stands in."""
+
     @abstractmethod
     def child(self, name: str) -> Location:
         """What stands under `name` in this folder."""
@@ -106,6 +111,10 @@ class LocalLocation(Location):
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in self.path.iterdir()))
+
+    @property
+    def parent(self) -> LocalLocation:
+        return LocalLocation(self.path.parent)
 
     def child(self, name: str) -> LocalLocation:
         return LocalLocation(self.path / name)
@@ -199,6 +208,11 @@ class RemoteLocation(Location):
         with object_store():
             return dict(self.filesystem.info(self.path))
 
+    @property
+    def parent(self) -> RemoteLocation:
+        url, path = (whole.rstrip("/").rpartition("/")[0] for whole in (self.url, self.path))
+        return RemoteLocation(f"{url}/" if url.endswith(":/") else url, self.filesystem, path)
+
     def child(self, name: str) -> RemoteLocation:
         url = self.url if self.url.endswith("://") else f"{self.url.rstrip('/')}/"
         return RemoteLocation(f"{url}{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
@@ -253,6 +267,14 @@ def locate(path: str | os.PathLike[str]) -> Location:
     except Exception as e:  # clients raise classes of their own for a wrong setting
         raise CheckpointError(f"{text} cannot be opened: {type(e).__name__}: {e}".splitlines()[0]) from e
     return RemoteLocation(text, filesystem, inner)
+
+
+def stands_at(path: str) -> bool:
+    """Whether anything stands at a path or URL; no where that cannot be asked."""
+    try:
+        return locate(path).exists()
+    except (CheckpointError, OSError):
+        return False
 
 
 def _stays_in(path: Path, folder: Path) -> bool:

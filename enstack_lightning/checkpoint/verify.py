@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.deep import DeepRead, Progress
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
-from enstack_lightning.checkpoint.location import locate
+from enstack_lightning.checkpoint.location import locate, stands_at
 from enstack_lightning.checkpoint.manifest import compare_manifest
 from enstack_lightning.checkpoint.readers import read_facts
 from enstack_lightning.checkpoint.report import Report, Verdict
@@ -57,7 +57,7 @@ def _facts_at(path: str, deep: DeepRead | None, digests: bool) -> Facts:
     if not path:
         empty = "it is empty; is a variable of the script unset?"
         return Facts(path, defects=(Defect(DefectKind.MISSING, "path", empty),))
-    if glob.has_magic(path) and not _exists(path):
+    if glob.has_magic(path) and not stands_at(path):
         return Facts(path, defects=(Defect(DefectKind.MISSING, path, "nothing matches this pattern"),))
     try:
         location = locate(path)
@@ -119,7 +119,7 @@ def failure_of(report: Report) -> CheckpointError:
     errors = report.of(Severity.ERROR)
     said = "; ".join(f"{f.code} {f.message}" for f in errors) or "nothing in it could be verified"
     hint = next((f.hint for f in errors if f.hint), "")
-    kind = CheckpointError if _exists(report.path) else CheckpointNotFoundError
+    kind = CheckpointError if stands_at(report.path) else CheckpointNotFoundError
     of_the_run = bool(errors) and all(f.code.startswith("CK9") for f in errors)
     why = "does not suit this run" if of_the_run else "must not be used"
     return kind(f"checkpoint {report.path} {why}: {said}. {hint}".strip())
@@ -149,13 +149,6 @@ def _plan(facts: Facts, options: Options | None) -> ResumePlan | None:
             run = dataclasses.replace(facts.run, max_epochs=to_come.max_epochs, max_steps=to_come.max_steps)
             facts = dataclasses.replace(facts, run=run, saved=facts)
     return plan_resume(facts)
-
-
-def _exists(path: str) -> bool:
-    try:
-        return locate(path).exists()
-    except (CheckpointError, OSError):
-        return False
 
 
 def _can_resume(report: Report) -> bool:

@@ -65,7 +65,7 @@ def choose(path: str, verify: Verify, fallback: Fallback = "none", strict: bool 
     refused = (asked, *(report for report in others if not report.accepted(strict)))
     good = newest_good(report for report in others if report.accepted(strict))
     if good is None:
-        folder = _parent(locate(path))
+        folder = locate(path).parent
         raise CheckpointGuardError(f"no checkpoint in {folder} can be resumed from. Tried: {_listed(refused, strict)}")
     return Choice(good.path, good, path, refused)
 
@@ -93,7 +93,7 @@ def choose_newest(folders: Iterable[str | os.PathLike[str]], verify: Verify, str
 def checkpoints_beside(path: str) -> list[str]:
     """The other checkpoints in the folder that `path` stands in: what is named `.ckpt`, and is not being written."""
     asked = str(locate(path)).rstrip("/")  # a URL keeps the slash after a folder's name
-    return [other for other in _checkpoints_in(_parent(locate(path))) if other != asked]
+    return [other for other in _checkpoints_in(locate(path).parent) if other != asked]
 
 
 def set_aside(reports: Iterable[Report]) -> dict[str, str]:
@@ -169,15 +169,6 @@ def _is_set_aside(name: str) -> bool:
     return name.endswith(SET_ASIDE_SUFFIXES)
 
 
-def _parent(place: Location) -> Location:
-    if isinstance(place, RemoteLocation):
-        return RemoteLocation(
-            place.url.rstrip("/").rpartition("/")[0], place.filesystem, place.path.rstrip("/").rpartition("/")[0]
-        )
-    assert isinstance(place, LocalLocation)
-    return LocalLocation(place.path.parent)
-
-
 def _listed(reports: Sequence[Report], strict: bool) -> str:
     return "; ".join(f"({i}) {why_refused(report, strict)}" for i, report in enumerate(reports, start=1))
 
@@ -192,37 +183,32 @@ def _is_link(place: Location) -> bool:
 
 
 def _renamed(place: Location, moved: dict[str, str]) -> str:
-    folder = _parent(place)
-    target = _free_name(place, folder)
+    target = _free_name(place)
     if isinstance(place, LocalLocation):
-        new = folder.child(target)
-        assert isinstance(new, LocalLocation)
+        new = place.parent.child(target).path
         leads_to = str(place.path.parent / place.path.readlink()) if place.path.is_symlink() else ""
         if leads_to in moved:
-            new.path.symlink_to(os.path.relpath(moved[leads_to], new.path.parent))
+            new.symlink_to(os.path.relpath(moved[leads_to], new.parent))
             place.path.unlink()
         else:
-            place.path.rename(new.path)
+            place.path.rename(new)
         manifest = place.path.with_name(place.name + MANIFEST_SUFFIX)
         if manifest.is_file():
-            manifest.rename(new.path.with_name(target + MANIFEST_SUFFIX))
+            manifest.rename(new.with_name(target + MANIFEST_SUFFIX))
     elif isinstance(place, RemoteLocation):
-        files = place.filesystem
+        files, folder = place.filesystem, place.parent
+        manifest_of = {name: folder.child(name + MANIFEST_SUFFIX).path for name in (place.name, target)}
         with object_store():
-            files.mv(place.path, _sibling(place, target), recursive=place.is_folder())
-            if files.isfile(_sibling(place, place.name + MANIFEST_SUFFIX)):
-                files.mv(_sibling(place, place.name + MANIFEST_SUFFIX), _sibling(place, target + MANIFEST_SUFFIX))
-    return str(folder.child(target))
+            files.mv(place.path, folder.child(target).path, recursive=place.is_folder())
+            if files.isfile(manifest_of[place.name]):
+                files.mv(manifest_of[place.name], manifest_of[target])
+    return str(place.parent.child(target))
 
 
-def _sibling(place: RemoteLocation, name: str) -> str:
-    return f"{place.path.rstrip('/').rpartition('/')[0]}/{name}"
-
-
-def _free_name(place: Location, folder: Location) -> str:
+def _free_name(place: Location) -> str:
     """`NAME.corrupt`, or `NAME.2.corrupt` and so on where that is taken."""
     name, number = f"{place.name}{CORRUPT_SUFFIX}", 1
-    while folder.child(name).exists():
+    while place.parent.child(name).exists():
         number += 1
         name = f"{place.name}.{number}{CORRUPT_SUFFIX}"
     return name

@@ -211,7 +211,7 @@ class GuardedCheckpointIO(CheckpointIO):
         Raises:
             CheckpointGuardError: it is damaged.
         """
-        report = self.retention.report(str(staged), deep=True)
+        report = self.retention.deep_report(str(staged))
         damage = [f for f in report.of(Severity.ERROR) if f.code.startswith("CK1")]
         if damage:
             said = "; ".join(f"{f.code} {f.message}" for f in damage)

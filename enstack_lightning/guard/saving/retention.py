@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from enstack_lightning.checkpoint import Options, Report, Verdict, find_checkpoints, verify_checkpoint
-from enstack_lightning.checkpoint.location import is_url
+from enstack_lightning.checkpoint.location import is_url, stands_at
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, SET_ASIDE_SUFFIXES
 from enstack_lightning.guard.saving.atomic import same_file
 
@@ -92,9 +92,9 @@ class Retention:
         for_inference = verify_checkpoint(path, dataclasses.replace(self._options, purpose="inference"))
         return Level(BAD if for_inference.verdict is Verdict.FAIL else USABLE, steps), report
 
-    def report(self, path: str, deep: bool) -> Report:
-        """What verifying the checkpoint at `path` finds."""
-        return verify_checkpoint(path, dataclasses.replace(self._options, deep=deep))
+    def deep_report(self, path: str) -> Report:
+        """What reading every byte of the checkpoint at `path` finds."""
+        return verify_checkpoint(path, dataclasses.replace(self._options, deep=True))
 
     def saved(self, path: str, level: Level) -> list[str]:
         """Remembers that a checkpoint of this level was just saved at `path`.
@@ -204,18 +204,8 @@ def _real(path: str) -> str:
 def _signature(path: str) -> object:
     """What changes when the checkpoint does; None where none stands."""
     if is_url(path):
-        return _exists(path) or None
+        return stands_at(path) or None
     try:
         return same_file(Path(path))
     except OSError:
         return None
-
-
-def _exists(url: str) -> bool:
-    from enstack_lightning.checkpoint.location import locate
-    from enstack_lightning.errors import CheckpointError
-
-    try:
-        return locate(url).exists()
-    except (OSError, CheckpointError):
-        return False
