@@ -8,9 +8,11 @@ end.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -49,9 +51,10 @@ class NonfiniteWatch:
 
     def __init__(self, action: OnNonfinite) -> None:
         self.action = action
-        self._begin()
+        self.start()
 
-    def _begin(self) -> None:
+    def start(self) -> None:
+        """To be called when training starts: nothing has been seen yet."""
         self._in_bad_run = False
         self._batches_since_look = 0
         self._judged = False
@@ -61,10 +64,6 @@ class NonfiniteWatch:
         self._bad_loss: str | None = None
         self._bad_gradients: dict[str, None] = {}
         self._step: int | None = None
-
-    def start(self) -> None:
-        """To be called when training starts."""
-        self._begin()
 
     def loss(self, trainer: Trainer, loss: Tensor) -> None:
         """To be called with each loss, before its backward pass."""
@@ -158,7 +157,7 @@ class NonfiniteWatch:
     ) -> _OnDevice:
         """The flags of these parameters; those that have a gradient may change from step to step."""
         for watch in self._gradients:
-            if len(watch.parameters) == len(parameters) and all(map(_is, watch.parameters, parameters)):
+            if len(watch.parameters) == len(parameters) and all(map(is_, watch.parameters, parameters)):
                 return watch
         if len(self._gradients) >= _MOST_WATCHES:
             self.look(trainer, module)
@@ -245,21 +244,22 @@ def nonfinite_among(tensors: Mapping[str, Tensor]) -> list[str]:
         if tensor.dtype in _FLOATS and not tensor.is_meta and tensor.numel():
             plain = _plain(tensor)
             by_device.setdefault((plain.device, plain.dtype), {})[name] = plain
-    bad: list[str] = []
+    bad: set[str] = set()
     for group in by_device.values():
         try:
             norms = gradient_norms(list(group.values()))
             if not torch.isfinite(norms.sum()):
                 # A norm overflows before its elements do.
-                suspects = [pair for pair, norm in zip(group.items(), norms.tolist(), strict=True) if not _finite(norm)]
-                bad += [name for name, tensor in suspects if not torch.isfinite(tensor).all()]
+                pairs = zip(group.items(), norms.tolist(), strict=True)
+                suspects = [pair for pair, norm in pairs if not math.isfinite(norm)]
+                bad.update(name for name, tensor in suspects if not torch.isfinite(tensor).all())
         except (RuntimeError, TypeError, NotImplementedError):
             continue
-    return [name for name in tensors if name in set(bad)]
+    return [name for name in tensors if name in bad]
 
 
 def names_of(module: torch.nn.Module, parameters: Iterable[Tensor]) -> list[str]:
-    """What the module calls these parameters, in its own order; "a parameter" for one that is not its own."""
+    """What the module calls these parameters, in its own order; those that are not its own come last, by number."""
     wanted = {id(p) for p in parameters}
     found = {id(p): name for name, p in module.named_parameters() if id(p) in wanted}
     strangers = len(wanted) - len(found)
@@ -288,11 +288,3 @@ def _plain(tensor: Any) -> Tensor:
     local: Tensor = tensor.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
     return local._values() if local.is_sparse else local
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
