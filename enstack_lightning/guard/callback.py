@@ -290,12 +290,12 @@ class CheckpointGuard(Callback):
             return
         path, loaded = self._loaded.path, self._loaded
         if self.repair:
-            live = trainer_facts(trainer, path, loaded, self._given, self._run)
+            live = trainer_facts(trainer, path, loaded, self._run)
             self.repairs += repair_trainer(trainer, loaded, live)
             loaded = as_repaired(loaded, live, self.repairs)
             for repair in self.repairs:
                 rank_zero_info(str(repair))
-        facts = trainer_facts(trainer, path, loaded, self._given, self._run)
+        facts = trainer_facts(trainer, path, loaded, self._run)
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)

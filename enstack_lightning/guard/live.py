@@ -78,17 +78,14 @@ def same_content(judged: Facts, loaded: Facts) -> bool:
     return same_entries and all(getattr(judged, name) == getattr(loaded, name) for name in names)
 
 
-def trainer_facts(
-    trainer: Trainer, path: str, loaded: Facts, given: Configured | None = None, run: RunFacts | None = None
-) -> Facts:
+def trainer_facts(trainer: Trainer, path: str, loaded: Facts, run: RunFacts | None = None) -> Facts:
     """Facts of a Trainer whose loops, optimizers and schedulers are restored (from `on_train_start` on).
 
     Args:
         loaded: the facts of the checkpoint it was restored from, with which the rules compare these.
-        given: what optimizers and schedulers were made with before they were restored.
         run: what `run_of` says, where it is known already.
     """
-    run = run or run_of(trainer, given)
+    run = run or run_of(trainer)
     names = {} if _flattens(trainer) else _names(dict(trainer.lightning_module.named_parameters()))
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}

@@ -84,7 +84,7 @@ def fast_forward(scheduler: LRScheduler, steps: int) -> Forwarded:
     optimizer = _Groups(scheduler)
     twin = _twin(scheduler, optimizer)
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = _copied(rate)  # that of step 0; a restored optimizer has another
+        group["lr"] = copied(rate)  # that of step 0; a restored optimizer has another
     try:
         exact = _advance(twin, steps)
     except CannotForwardError:
@@ -173,7 +173,7 @@ class _Groups:
 
     def __init__(self, scheduler: Any) -> None:
         groups = scheduler.optimizer.param_groups
-        self.param_groups = [{k: _copied(v) for k, v in group.items() if k != "params"} for group in groups]
+        self.param_groups = [{k: copied(v) for k, v in group.items() if k != "params"} for group in groups]
         self._opt_called = True
 
     def step(self) -> None:
@@ -185,7 +185,8 @@ class _Groups:
         return tuple({name: group[name] for name in _DRIVEN if name in group} for group in self.param_groups)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A rate of a param group, which is a number or a tensor, that does not change with the group's."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -277,7 +278,7 @@ def _jump(scheduler: Any, steps: int) -> None:
 def _set_rates(scheduler: Any, rates: Iterable[Any]) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = [_copied(group["lr"]) for group in scheduler.optimizer.param_groups]
+    scheduler._last_lr = [copied(group["lr"]) for group in scheduler.optimizer.param_groups]
 
 
 def _leaves(scheduler: Any) -> int:

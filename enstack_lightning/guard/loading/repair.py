@@ -27,6 +27,7 @@ from enstack_lightning.guard.loading.fast_forward import (
     CannotForwardError,
     Forwarded,
     at_its_position,
+    copied,
     fast_forward,
     position_of,
 )
@@ -223,7 +224,7 @@ def _forwarded(trainer: Trainer, scheduler: Any, loaded: Facts, live: Facts) -> 
         )
     scheduler.load_state_dict(forwarded.state)
     if restored:
-        scheduler._last_lr = [_copied(group["lr"]) for group in optimizer.param_groups]
+        scheduler._last_lr = [copied(group["lr"]) for group in optimizer.param_groups]
         rest = "the optimizer has that rate already and is left as it is"
     else:
         _set(optimizer, forwarded)
@@ -352,11 +353,7 @@ def _set_entry(group: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(group[name], torch.Tensor):
         group[name].fill_(float(value))
     else:
-        group[name] = _copied(value)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+        group[name] = copied(value)
 
 
 def _floats(rates: Any) -> tuple[float, ...]:

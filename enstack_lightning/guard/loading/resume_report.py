@@ -73,11 +73,9 @@ def _steps(report: Report) -> list[tuple[str, str]]:
         )
     positions = [s.last_epoch for s in facts.schedulers or () if s.last_epoch is not None]
     if positions:
-        actual, counted = sum(positions), p.scheduler_steps or 0
+        taken, counted = sum(positions), p.scheduler_steps or 0
         # Manual optimization steps its schedulers itself, and the loop counts none.
-        lines.append(
-            ("scheduler steps", f"{actual:,}, expected {counted:,}" if counted or not actual else f"{actual:,}")
-        )
+        lines.append(("scheduler steps", f"{taken:,}, expected {counted:,}" if counted or not taken else f"{taken:,}"))
     return lines
 
 
