@@ -201,7 +201,12 @@ class _Reading:
                 data = window.read(span.offset + at, len(data))
             elif self._local is not None:
                 fd, base = self._local
-                _read_into(fd, data, base + span.offset + at)
+                offset = base + span.offset + at
+                count = read_into(fd, data.data, offset)
+                if count < len(data):
+                    raise ContainerDefectError(
+                        "truncated", f"the file ends at byte {offset + count:,}, in the middle of it"
+                    )
             if span.crc32 is not None:
                 checksum = self._crc32(data, checksum)
             if values is not None:
@@ -263,13 +268,15 @@ class _Window:
         return np.frombuffer(self._data, np.uint8, count, offset - self._start)
 
 
-def _read_into(fd: int, data: Bytes, offset: int) -> None:
+def read_into(fd: int, block: memoryview, offset: int) -> int:
+    """Fills a block from a file; returns its bytes, which are fewer only where the file ends.
+
+    Some file systems give less at a time than they are asked for.
+    """
     done = 0
-    while done < len(data):
-        count = os.preadv(fd, [data[done:].data], offset + done)
-        if count == 0:
-            raise ContainerDefectError("truncated", f"the file ends at byte {offset + done:,}, in the middle of it")
+    while done < len(block) and (count := os.preadv(fd, [block[done:]], offset + done)):
         done += count
+    return done
 
 
 def _unsearched(found: Unsearched) -> Defect:

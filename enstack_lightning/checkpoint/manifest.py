@@ -20,8 +20,7 @@ save, a file that is gone. For a file `NAME` it is `NAME.manifest.json`, for a f
 
 `name` is relative to the manifest's own folder and has `/` between its parts; `blake3` is what `b3sum` prints;
 `fingerprints` and `versions` are there where the writer knew them. The manifest of a link is that of the file it leads
-to. A digest
-shows accidents: who can change a checkpoint and its manifest can make them agree.
+to. A digest shows accidents: who can change a checkpoint and its manifest can make them agree.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from enstack_lightning.checkpoint.deep import Progress
+from enstack_lightning.checkpoint.deep import Progress, read_into
 from enstack_lightning.checkpoint.facts import DefectKind, ManifestFacts
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, is_url, leads_out, locate
 from enstack_lightning.checkpoint.readers.json_file import parse_json
@@ -207,7 +206,7 @@ def compare_manifest(location: Location, digests: bool, progress: Progress | Non
         return None  # where not even that can be asked, reading the checkpoint says why
     name = str(beside)
     try:
-        manifest = read_manifest(beside, _folder_of(location))
+        manifest = read_manifest(beside, location if location.is_folder() else beside.parent)
         _check_names(manifest, location)
         differences = list(_differences(location, manifest, digests, progress))
     except ManifestDefectError as e:
@@ -402,7 +401,7 @@ def _blocks(source: Source) -> Iterator[memoryview | bytes]:
         if local is None:
             return source.read_at(start, count)
         block = memoryview(buffers[index % 2])[:count]
-        if os.preadv(local[0], [block], local[1] + start) != count:
+        if read_into(local[0], block, local[1] + start) < count:
             raise ContainerDefectError("truncated", "it became shorter while it was read")
         return block
 
@@ -428,15 +427,6 @@ def _manifest_location(location: Location) -> Location:
         if of_target.exists():
             return LocalLocation(of_target)
     return LocalLocation(manifest_path(location.path))
-
-
-def _folder_of(location: Location) -> Location | None:
-    """The folder that a checkpoint's manifest stands in, where links can lead out of it."""
-    if location.is_folder() or not isinstance(location, LocalLocation):
-        return location
-    beside = _manifest_location(location)
-    assert isinstance(beside, LocalLocation)
-    return LocalLocation(beside.path.parent)
 
 
 def _writable_location(path: str | os.PathLike[str]) -> LocalLocation:

@@ -35,9 +35,8 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> Iterator[Path | str]:
 
     Found are `.ckpt` files and folders, EnStack folders, folders of the Hugging Face Trainer and sharded ones. The
     order is that of the paths, with numbers in names counted as numbers: `step=2` comes before `step=10`. Hidden and
-    temporary names and those that were set
-    aside (`.corrupt`, `.unverified`, `.nonfinite`) are passed over. Links are not followed into other folders; a
-    link to a checkpoint that is listed itself is left out.
+    temporary names and those that were set aside (`.corrupt`, `.unverified`, `.nonfinite`) are passed over. Links are
+    not followed into other folders; a link to a checkpoint that is listed itself is left out.
 
     Example:
         >>> list(find_checkpoints("does-not-exist"))

@@ -57,6 +57,15 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest.write_text(json.dumps(content))
 
 
+def test_a_file_system_that_gives_less_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, blocks, offset: preadv(fd, [blocks[0][: 2**20]], offset))
+    large = tmp_path / "c.ckpt"
+    large.write_bytes(os.urandom(BLOCK_BYTES + 2**21))
+    written = json.loads(write_manifest(large).read_text())
+    assert written["files"][0]["blake3"] == blake3(large.read_bytes()).hexdigest()
+
+
 def test_a_manifest_lists_every_file_with_its_size_and_digest(folder: Path) -> None:
     path = write_manifest(folder, format="enstack", global_step=12, epoch=3)
     assert path == manifest_path(folder) == folder / FOLDER_MANIFEST
