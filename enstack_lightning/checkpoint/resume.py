@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from enstack_lightning.checkpoint.facts import Facts, Format
+from enstack_lightning.checkpoint.wording import many
 
 ResumeKind = Literal["initial", "end-of-epoch", "mid-epoch", "finished", "not-resumable"]
 
@@ -64,7 +65,7 @@ class ResumePlan:
         if self.kind == "not-resumable":
             return "not resumable: the checkpoint holds a model and no state of its training"
         if self.kind == "finished":
-            steps = "" if self.global_step is None else f", {_counted(self.global_step, 'step', 'steps')} taken"
+            steps = "" if self.global_step is None else f", {many(self.global_step, 'step')} taken"
             return f"finished: {self._done}{steps}; raise max_epochs or max_steps to train on"
         return f"{self._stands}; {self._continues}; {self._repeats}{self._rate}"
 
@@ -86,7 +87,7 @@ class ResumePlan:
     @property
     def _repeats(self) -> str:
         most = "up to " if self.batches_repeated else ""
-        return f"{most}{_counted(self.batches_repeated, 'batch', 'batches')} trained twice"
+        return f"{most}{many(self.batches_repeated, 'batch', 'batches')} trained twice"
 
     @property
     def _rate(self) -> str:
@@ -103,12 +104,8 @@ class ResumePlan:
     @property
     def _done(self) -> str:
         if self.max_epochs is None:
-            return f"{_counted(self.epochs_done, 'epoch', 'epochs')} done"
+            return f"{many(self.epochs_done, 'epoch')} done"
         return f"{self.epochs_done:,} of {self.max_epochs:,} epochs done"
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    return f"{count:,} {one if count == 1 else several}"
 
 
 def plan_resume(facts: Facts) -> ResumePlan | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from enstack_lightning.checkpoint.facts import Facts
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, passed, rule
+from enstack_lightning.checkpoint.wording import many
 
 
 @rule(
@@ -60,7 +61,7 @@ def manifest_agrees(facts: Facts, options: Options) -> Iterator[Outcome]:
     m = facts.manifest
     if m is None or m.defect or m.differences:
         return
-    files = f"{m.files:,} file" + ("s" if m.files != 1 else "")
+    files = many(m.files, "file")
     if m.compared == "digests":
         yield passed(f"{files} with the BLAKE3 digests of the manifest", m.path)
     else:

@@ -176,7 +176,7 @@ def _whole_epochs(actual: int, facts: Facts) -> str | None:
     whole, odd = divmod(actual - inside, per_epoch)
     if odd or not 0 <= whole < p.epochs_completed or actual == 0:
         return None
-    epochs = f"{whole:,} epoch{'s' if whole != 1 else ''}"
+    epochs = many(whole, "epoch")
     return epochs if not in_epoch else f"{in_epoch:,} batches" if not whole else f"{epochs} and {in_epoch:,} batches"
 
 

@@ -395,9 +395,9 @@ def _not_finite(v: ValueFacts) -> Outcome:
 
 
 def _values(v: ValueFacts) -> str:
-    count = "1 value" if v.nonfinite == 1 else f"{v.nonfinite:,} values"
+    count = many(v.nonfinite, "value that is", "values that are")
     where = f", the first at {list(v.first_nonfinite)}" if v.first_nonfinite else ""
-    return f"{v.name} holds {count} that {'is' if v.nonfinite == 1 else 'are'} not finite ({v.first_value}{where})"
+    return f"{v.name} holds {count} not finite ({v.first_value}{where})"
 
 
 @rule(
@@ -426,7 +426,7 @@ def all_zero(facts: Facts, options: Options) -> Iterator[Outcome]:
     names = [v.name for v in facts.values or () if v.all_zero and v.role == "weight"]
     if names:
         shown = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
-        yield info(f"{len(names):,} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros: {shown}")
+        yield info(f"{many(len(names), 'weight holds', 'weights hold')} nothing but zeros: {shown}")
 
 
 def _second_moment(optimizer: int, parameter: int | str) -> str:
