@@ -24,11 +24,11 @@ from enstack_lightning.checkpoint.manifest import (
     BLOCK_BYTES,
     FOLDER_MANIFEST,
     MAX_DIFFERENCES,
-    MAX_MANIFEST_BYTES,
     compare_manifest,
     manifest_path,
     write_manifest,
 )
+from enstack_lightning.checkpoint.manifest_file import MAX_MANIFEST_BYTES
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
 

@@ -26,7 +26,8 @@ from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from enstack_lightning.checkpoint.location import is_url
-from enstack_lightning.checkpoint.manifest import ManifestEntry, hasher_on_all_cores
+from enstack_lightning.checkpoint.manifest import hasher_on_all_cores
+from enstack_lightning.checkpoint.manifest_file import ManifestEntry
 
 LEFTOVER_SECONDS = 24 * 3600
 """After so long without a change, what another host has left is taken for a leftover."""

@@ -15,7 +15,7 @@ import torch
 from enstack_lightning.checkpoint import Options, Severity
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.location import is_url
-from enstack_lightning.checkpoint.manifest import ManifestEntry
+from enstack_lightning.checkpoint.manifest_file import ManifestEntry
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX, UNVERIFIED_SUFFIX
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.flavor import (

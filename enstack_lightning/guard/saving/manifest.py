@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Format
-from enstack_lightning.checkpoint.manifest import ManifestEntry, manifest_path, write_manifest
+from enstack_lightning.checkpoint.manifest import manifest_path, write_manifest
+from enstack_lightning.checkpoint.manifest_file import ManifestEntry
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.flavor import rank_zero_warn
 from enstack_lightning.guard.live import versions

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from enstack_lightning.checkpoint.manifest import ManifestEntry, digest_files, manifest_path
+from enstack_lightning.checkpoint.manifest import digest_files, manifest_path
+from enstack_lightning.checkpoint.manifest_file import ManifestEntry
 from enstack_lightning.errors import CheckpointGuardError, CheckpointSaveError
 from enstack_lightning.guard.flavor import is_a, lightning_base, rank_zero_warn
 from enstack_lightning.guard.ranks import gathered
