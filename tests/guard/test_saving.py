@@ -562,6 +562,18 @@ def test_what_was_kept_goes_once_another_has_verified(tmp_path: Path, logged: py
     assert "step=3.ckpt goes now" in said(logged)
 
 
+def test_a_save_stands_though_what_goes_for_it_cannot_be_removed(trained: Path, tmp_path: Path) -> None:
+    class Refuses(TorchCheckpointIO):
+        def remove_checkpoint(self, path: Any) -> None:
+            raise RuntimeError("the store refuses")
+
+    saves = GuardedCheckpointIO(Refuses(), lambda path: None)
+    saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "step=1.ckpt")
+    saves.remove_checkpoint(tmp_path / "step=1.ckpt")
+    with pytest.warns(UserWarning, match=r"step=1\.ckpt could not be removed: the store refuses"):
+        saves.save_checkpoint(torch.load(trained / "step=2.ckpt"), tmp_path / "step=2.ckpt")
+
+
 def test_the_last_good_one_is_not_overwritten_by_one_that_does_not_verify(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, filename="a", every_n_train_steps=1, enable_version_counter=False)
     with pytest.warns(UserWarning, match=r"a\.ckpt stays as it is, .* stands at .*a\.ckpt\.unverified"):

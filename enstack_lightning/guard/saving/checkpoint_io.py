@@ -301,7 +301,7 @@ class GuardedCheckpointIO(CheckpointIO):
             rank_zero_info(f"CheckpointGuard: {kept} goes now, for {name} has verified")
             try:
                 self._remove(kept)
-            except OSError as e:  # the save itself went well
+            except Exception as e:  # whatever the client of a store raises: the save itself went well
                 rank_zero_warn(f"CheckpointGuard: {kept} could not be removed: {e}")
 
     # Everything else
