@@ -34,6 +34,7 @@ from enstack_lightning.checkpoint.ledger_file import (
 )
 from enstack_lightning.guard.flavor import FITTING, Callback, rank_zero_warn
 from enstack_lightning.guard.saving.atomic import sync_folder
+from enstack_lightning.guard.training_data import length_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -357,9 +358,4 @@ def loader_facts(trainer: Trainer) -> Loader:
 
 
 def _length(thing: Any) -> int | None:
-    if thing is None or isinstance(thing, Mapping):
-        return None
-    try:
-        return len(thing)
-    except (TypeError, NotImplementedError, AttributeError):
-        return None
+    return None if isinstance(thing, Mapping) else length_of(thing)

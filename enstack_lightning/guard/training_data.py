@@ -46,7 +46,7 @@ def training_data(trainer: Trainer) -> TrainingData:
         return TrainingData()
     dataset = getattr(loaders[0], "dataset", None)
     of_module = _of_data_module(getattr(trainer, "datamodule", None))
-    return TrainingData(_length(dataset), _batch_size(loaders[0]), of_module or _fingerprint(dataset))
+    return TrainingData(length_of(dataset), _batch_size(loaders[0]), of_module or _fingerprint(dataset))
 
 
 def _batch_size(loader: object) -> int | None:
@@ -57,7 +57,8 @@ def _batch_size(loader: object) -> int | None:
     return None
 
 
-def _length(dataset: Any) -> int | None:
+def length_of(dataset: Any) -> int | None:
+    """How many rows a data set says it has; None where it does not say."""
     try:
         return len(dataset)
     except Exception:  # a dataset without a length may raise anything, and the run can do without

@@ -14,7 +14,7 @@ import torch
 from builders import BATCH_SIZE, ROWS, TinyModule, every_epoch, every_step, flip_bit, quiet_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from enstack_lightning import CheckpointGuard, SampleLedger
 from enstack_lightning.checkpoint.ledger import LedgerReport, read_ledger
@@ -233,6 +233,23 @@ def test_a_ledger_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
         fit(tmp_path, max_epochs=1)
     with pytest.raises(CheckpointNotFoundError, match="holds no sample ledger"):
         read_ledger(tmp_path)
+
+
+def test_a_data_set_whose_length_raises_stops_no_run(tmp_path: Path) -> None:
+    class OfNoLength(Dataset[tuple[Tensor, Tensor]]):
+        def __len__(self) -> int:
+            raise RuntimeError("nobody knows")
+
+        def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+            return torch.ones(4), torch.tensor(row)
+
+    class Reads(TinyModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(OfNoLength(), batch_sampler=[[0, 1], [2, 3]])
+
+    quiet_trainer(tmp_path, SampleLedger(rows=1), max_epochs=1).fit(Reads())
+    (epoch,) = read_ledger(tmp_path).epochs
+    assert (epoch.batches, epoch.rows) == (2, 4)
 
 
 def test_trying_a_run_out_leaves_no_ledger(tmp_path: Path) -> None:
