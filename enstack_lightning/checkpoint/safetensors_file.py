@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from enstack_lightning.checkpoint.deep import NamedTensor, Role, Span
+from enstack_lightning.checkpoint.deep import NamedTensor, Span
 from enstack_lightning.checkpoint.source import ContainerDefectError, ContainerDefectKind, Source
 
 MAX_HEADER_BYTES = 100_000_000
@@ -117,27 +117,22 @@ def read_safetensors_header(source: Source) -> SafetensorsHeader:
     return SafetensorsHeader(tensors, metadata)
 
 
-def spans(header: SafetensorsHeader, where: str = "", role_of: Callable[[str], Role] | None = None) -> list[Span]:
+def spans(header: SafetensorsHeader, where: str = "") -> list[Span]:
     """The bytes of every tensor that has some, for reading them deeply; the format keeps no checksum.
 
     Args:
         where: what the file is called in findings.
-        role_of: what a tensor of a name is; a weight where it is not given.
     """
-    return [
-        Span(where, t.offset, t.size, None, (_named(t, "weight" if role_of is None else role_of(t.name)),))
-        for t in header.tensors
-        if t.size
-    ]
+    return [Span(where, t.offset, t.size, None, (_as_weight(t),)) for t in header.tensors if t.size]
 
 
-def _named(tensor: SafetensorsTensor, role: Role) -> NamedTensor:
+def _as_weight(tensor: SafetensorsTensor) -> NamedTensor:
     """As contiguous as the format has all tensors."""
     stride, step = [], 1
     for n in reversed(tensor.shape):
         stride.append(step)
         step *= max(n, 1)
-    return NamedTensor(tensor.name, role, tensor.dtype, tensor.shape, tuple(reversed(stride)), 0)
+    return NamedTensor(tensor.name, "weight", tensor.dtype, tensor.shape, tuple(reversed(stride)), 0)
 
 
 class _Entry(NamedTuple):
