@@ -196,6 +196,8 @@ class CheckpointGuard(Callback):
 
     def _judge(self, trainer: Trainer, asked: str) -> Decision:
         """Which checkpoint is loaded; called on rank 0 only."""
+        if is_of_the_tuner(asked):
+            return Decision(asked)  # a moment old, and what its search has to go back to whatever a rule says
         fitting = trainer.state.fn == FITTING
         fallback: Fallback = self.fallback if fitting else "none"
         if reads_formats_of_its_own(trainer.strategy):
@@ -244,6 +246,8 @@ class CheckpointGuard(Callback):
     @collector_paused()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         path = str(trainer.ckpt_path)
+        if is_of_the_tuner(path):
+            return
         judged = self._decision.report
         if judged is not None and judged.facts.format is Format.SHARDED:
             loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
@@ -256,7 +260,7 @@ class CheckpointGuard(Callback):
                 report = report_on(lambda: loaded, path, self._options_for(trainer))
                 self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
-        if trainer.state.fn == FITTING and not is_of_the_tuner(path):
+        if trainer.state.fn == FITTING:
             self._stop_where_nothing_is_left(trainer, loaded)
             self._loaded = loaded
             self._restart = exact_restart(trainer, checkpoint, self.state_key)
@@ -266,7 +270,7 @@ class CheckpointGuard(Callback):
             remove_all_leftovers(trainer, self._checkpoint_io)
         self._given = configured(trainer)
         judged = self._decision.report
-        if self._loaded is None and judged is not None and not is_of_the_tuner(judged.path):
+        if self._loaded is None and judged is not None:
             # A checkpoint without the entry `callbacks`: Lightning has not called on_load_checkpoint.
             self._stop_where_nothing_is_left(trainer, judged.facts)
             self._loaded = judged.facts

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -421,4 +422,28 @@ def test_a_trainer_fits_twice(tmp_path: Path, recwarn: Any) -> None:
     trainer.predict(module)
     assert trainer.global_step == 3 * BATCHES
     assert guard.report is not None
+    assert not [w for w in recwarn if "CheckpointGuard" in str(w.message)]
+
+
+class WithRate(Net):
+    lr = 1e-3
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("options", [{}, {"fallback": "previous"}])
+def test_a_rate_is_searched_for_after_a_run(options: dict[str, Any], tmp_path: Path, recwarn: Any) -> None:
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(strict=True, **options), max_epochs=1)
+    module = WithRate()
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "older.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    Tuner(trainer).lr_find(module, num_training=3)
+    assert trainer.global_step == 2 * BATCHES
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert sorted(file.name for file in tmp_path.glob("*.ckpt*")) == ["older.ckpt", "older.ckpt.manifest.json"]
+    assert not list(tmp_path.glob(".lr_find*"))
     assert not [w for w in recwarn if "CheckpointGuard" in str(w.message)]
