@@ -329,11 +329,11 @@ def test_a_flipped_bit_that_the_header_does_not_show_is_shown_by_the_manifest(sm
 
 def test_spans_cover_all_tensors_that_have_bytes(small: Path) -> None:
     header = read(file({"a": entry(0, 12, [2, 3], "I16"), "e": entry(12, 12, [0]), "s": entry(12, 13, [])}, bytes(13)))
-    first, second = spans(header, "m.safetensors", lambda name: "other" if name == "s" else "weight")
+    first, second = spans(header, "m.safetensors")
     assert (first.where, first.size, first.crc32) == ("m.safetensors", 12, None)
     assert [t.name for t in (*first.tensors, *second.tensors)] == ["a", "s"]
     assert (first.tensors[0].stride, first.tensors[0].offset, first.tensors[0].dtype) == ((3, 1), 0, "int16")
-    assert (second.offset, second.tensors[0].role) == (first.offset + 12, "other")
+    assert (second.offset, second.tensors[0].role) == (first.offset + 12, "weight")
     assert isinstance(header.tensors[0], SafetensorsTensor)
 
 
