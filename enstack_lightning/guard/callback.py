@@ -38,6 +38,7 @@ from enstack_lightning.guard.loading.decision import (
     guard_loading,
     is_of_the_tuner,
     reads_formats_of_its_own,
+    safe_globals,
     stop_guarding_loading,
 )
 from enstack_lightning.guard.loading.fresh_start import doubts, earlier_run
@@ -93,7 +94,7 @@ class CheckpointGuard(Callback):
             has exact counters, else `max(20, batches_per_epoch // 10)`.
         lr_bounds: lowest and highest learning rate to go on with. Default: 1e-8 and twice the initial one.
         allow_globals: names (`module.Class`) of your own classes in the checkpoint that you vouch for. torch must be
-            told too, with `torch.serialization.add_safe_globals` or `weights_only=False`.
+            told too, with `weights_only=False`; what `torch.serialization.add_safe_globals` was told is vouched for.
         deep: how a checkpoint is verified before it is loaded. "manifest": quickly, and every byte's digest where a
             manifest stands beside it, as it does beside what the guard saved; true: every byte in any case; false:
             quickly, and the sizes of the manifest.
@@ -186,6 +187,8 @@ class CheckpointGuard(Callback):
         self._given = Configured()
         self.repairs = ()
         self._trainer = trainer
+        vouched = self._options.allow_globals | safe_globals()
+        self._options = dataclasses.replace(self._options, allow_globals=vouched)
         self._forget_restart()  # of a run that failed, which has had no teardown
         keep_random_state_of_workers(trainer)
         self._checkpoint_io = guard_checkpoint_io(

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import warnings
+from enum import Enum
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -213,6 +214,28 @@ def test_the_form_of_a_plugin_is_left_to_it(run: Path, tmp_path: Path) -> None:
     path.write_bytes(bytes(255 - b for b in path.read_bytes()))
     with pytest.warns(UserWarning, match=r"cannot verify .*step=7\.ckpt: its form is known only to what loads it"):
         resume(path, tmp_path, CheckpointGuard(), plugins=[Scrambled()])
+
+
+class Kind(Enum):
+    PLAIN = 1
+
+
+class WithKind(TinyModule):
+    def __init__(self, kind: Kind = Kind.PLAIN) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_class_that_torch_was_told_of_is_vouched_for(tmp_path: Path) -> None:
+    first = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=1)
+    first.fit(WithKind())
+    first.save_checkpoint(tmp_path / "c.ckpt")
+    with pytest.raises(CheckpointGuardError, match=r"CK701 .*Kind.*CheckpointGuard\(allow_globals=\[\.\.\.\]\)"):
+        quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2).fit(WithKind(), ckpt_path=tmp_path / "c.ckpt")
+    with torch.serialization.safe_globals([Kind]):
+        second = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2)
+        second.fit(WithKind(), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    assert second.global_step == 2 * first.global_step
 
 
 def test_what_other_callbacks_load_is_verified_too(run: Path, tmp_path: Path) -> None:

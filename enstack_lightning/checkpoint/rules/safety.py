@@ -139,7 +139,8 @@ _OF_ENUMS = (("builtins", "getattr"), ("__builtin__", "getattr"))
 
 _KEEP_PLAIN = (
     "Do not load a file from elsewhere with weights_only=False; in your own runs keep hyper-parameters and callback "
-    "states to numbers, text, lists, dicts and tensors, or vouch for a class of your own with --allow-global."
+    "states to numbers, text, lists, dicts and tensors, or vouch for a class of your own, by --allow-global "
+    "or CheckpointGuard(allow_globals=[...])."
 )
 
 
@@ -225,7 +226,7 @@ def _sentence(g: GlobalFacts) -> str:
     path = " (a path of attributes, not a name)" if "." in g.name else ""
     return (
         f"{g.where or 'the pickle'} names {g}{path}, which is not among what torch.load(weights_only=True){more} "
-        f"allows{danger}: a resume will refuse it, and loading it without that check would import and call it"
+        f"allows{danger}: a resume will refuse it, and one with weights_only=False would import and call it"
     )
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from enstack_lightning.checkpoint import Format, Report
 from enstack_lightning.checkpoint.location import Location, locate
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
@@ -93,6 +95,17 @@ def is_of_the_tuner(path: str) -> bool:
         (True, False)
     """
     return Path(path).name.startswith((".lr_find_", ".scale_batch_size_"))
+
+
+def safe_globals() -> frozenset[str]:
+    """The names that `torch.load(weights_only=True)` allows beside its own, as `module.name`.
+
+    As `_get_user_allowed_globals` in torch/_weights_only_unpickler.py has them.
+    """
+    return frozenset(
+        known[1] if isinstance(known, tuple) else f"{known.__module__}.{known.__name__}"
+        for known in torch.serialization.get_safe_globals()
+    )
 
 
 def reads_formats_of_its_own(strategy: Strategy) -> bool:
