@@ -97,7 +97,7 @@ class Preemption:
         if self._trainer is not None and self._last in self._trainer.callbacks:  # type: ignore[attr-defined]
             # A callback between has raised: in a further run it would save, and end it with its first batch.
             self._trainer.callbacks.remove(self._last)  # type: ignore[attr-defined]
-        self._trainer = self._last = None
+        self._trainer = self._last = self._before_validation = None  # the latter holds gradients, and batches
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:
