@@ -392,6 +392,7 @@ class Facts:
         loader_position: whether the training data loader's position is in the checkpoint.
         loader_spent: whether that position is behind the last batch of an epoch that is not complete yet, in a loader
             that gives no batch when it is put there.
+        saved_at: when CheckpointGuard saved it, in seconds since 1970; None without it.
         moment: the moment of the save that CheckpointGuard recorded, at which its run goes on; None without it.
         part_gradients: whether the gradients of a part-done accumulation window are in the checkpoint.
         live: whether a running Trainer said all this, rather than a file.
@@ -423,6 +424,7 @@ class Facts:
     manifest: ManifestFacts | None = None
     loader_position: bool = False
     loader_spent: bool = False
+    saved_at: float | None = None
     moment: str | None = None
     part_gradients: bool = False
     live: bool = False

@@ -106,12 +106,25 @@ def find_last_good(folder: str | os.PathLike[str], options: Options | None = Non
 
 
 def newest_good(reports: Iterable[Report]) -> Report | None:
-    """Of the checkpoints that training can resume from, the one with the most steps.
+    """Of the checkpoints that training can resume from, the one that was saved last.
 
-    Of equals it is one without warnings, and then the youngest file.
+    Where one of them does not say when it was saved, as what was saved without the guard, it is the one with the most
+    steps. Of equals it is one without warnings, and then the youngest file.
     """
-    good = (r for r in reports if r.verdict is not Verdict.FAIL and _can_resume(r))
-    return max(good, key=_age, default=None)
+    latest = furthest = None
+    latest_key: tuple[float, ...] = ()
+    furthest_key: tuple[float, ...] = ()
+    all_timed = True
+    for report in reports:
+        if report.verdict is Verdict.FAIL or not _can_resume(report):
+            continue
+        saved_at, age = report.facts.saved_at, _age(report)
+        all_timed = all_timed and saved_at is not None
+        if (key := (saved_at or 0.0, *age)) > latest_key:
+            latest, latest_key = report, key
+        if age > furthest_key:
+            furthest, furthest_key = report, age
+    return latest if all_timed else furthest
 
 
 def failure_of(report: Report) -> CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -361,7 +362,9 @@ class CheckpointGuard(Callback):
         trainer, run = self._trainer, {}
         if trainer is not None and self._run is not None:
             run = run_entries(trainer, self._run, self._loaded)
-        return {"run": run, "versions": versions(), **capture_resume_state(self._trainer)}
+        # The time of day tells which run is the newer one of two that share a folder, whatever their steps.
+        known = {"saved_at": time.time(), "run": run, "versions": versions()}
+        return {**known, **capture_resume_state(self._trainer)}
 
     def _stop_where_nothing_is_left(self, trainer: Trainer, loaded: Facts) -> None:
         """What shows of the run's changes before anything is restored: above all that it would train nothing."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as distributed
-from builders import BATCHES, edited, enstack_folder
+from builders import BATCHES, TinyModule, edited, enstack_folder, quiet_trainer
 from genuine import GENUINE, huggingface_trainer
 from safetensors.torch import save_file
 
 import enstack_lightning
+from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import (
     Options,
     Severity,
@@ -203,6 +206,28 @@ def test_the_newest_good_checkpoint_has_the_most_steps_and_is_no_bad_one(trained
     best = find_last_good(tmp_path)
     assert best is not None
     assert Path(best.path) == run / "s9.ckpt"
+
+
+def test_of_two_runs_in_one_folder_the_newest_checkpoint_is_of_the_younger_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps, seed in ((9, 1), (4, 2)):
+        torch.manual_seed(seed)
+        trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_steps=steps)
+        trainer.fit(TinyModule())
+        trainer.save_checkpoint(run / f"{steps}.ckpt")
+    os.utime(run / "4.ckpt", (0, 0))  # as a copy may leave it
+    best = find_last_good(run)
+    assert best is not None
+    assert Path(best.path).name == "4.ckpt"
+
+    def without_the_guard(checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "Guard" not in k}
+
+    edited(run / "9.ckpt", run / "9.ckpt", without_the_guard)
+    (run / "9.ckpt.manifest.json").unlink()
+    best = find_last_good(run)
+    assert best is not None
+    assert Path(best.path).name == "9.ckpt"  # nothing says which is the younger one
 
 
 def test_enstack_folders_are_found_among_files(trained: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         data_hyper_parameters=_hyper_parameters(checkpoint.get("datamodule_hyper_parameters")),
         versions=_versions(checkpoint, guard),
         callbacks=_state_keys(checkpoint.get("callbacks")),
+        saved_at=number(at(guard, ["saved_at"])),
         model_only="state_dict" in checkpoint and not any(name in checkpoint for name in _TRAINING_ENTRIES),
         loader_position=bool(at(checkpoint, _LOADERS)) or _of_all_ranks(guard, "order"),
         loader_spent=_is_spent(checkpoint) and moment is None,
