@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.location import Location
 from enstack_lightning.checkpoint.readers.json_file import parse_json
 from enstack_lightning.checkpoint.source import ContainerDefectError
@@ -108,11 +109,7 @@ def write_atomically(target: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)
 
 
 def is_being_written(name: str) -> bool:

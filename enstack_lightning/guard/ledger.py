@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.ledger_file import (
     CONTINUED,
     FOLDER,
@@ -33,7 +34,6 @@ from enstack_lightning.checkpoint.ledger_file import (
     Loader,
 )
 from enstack_lightning.guard.flavor import FITTING, Callback, rank_zero_warn
-from enstack_lightning.guard.saving.atomic import sync_folder
 from enstack_lightning.guard.training_data import length_of
 
 if TYPE_CHECKING:

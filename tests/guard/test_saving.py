@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError, RecoveryCheckpoint
 from enstack_lightning.checkpoint import Options, Verdict, find_last_good, verify_checkpoint
-from enstack_lightning.checkpoint.manifest import manifest_path
+from enstack_lightning.checkpoint.manifest import manifest_path, write_manifest
 from enstack_lightning.errors import CheckpointSaveError
 from enstack_lightning.guard.saving import atomic
 from enstack_lightning.guard.saving.atomic import is_device, remove_leftovers, staging
@@ -325,6 +326,23 @@ def test_a_checkpoint_io_that_writes_folders(exchange: bool, tmp_path: Path, mon
             file.write(b"old")
     trainer.strategy.remove_checkpoint(tmp_path / "c")
     assert names(tmp_path) == []
+
+
+def test_a_file_system_that_synchronises_no_folders_is_saved_to(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def of_files_only(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "new" / "c.ckpt")
+    assert names(tmp_path / "new") == with_manifests("c.ckpt")
+    assert write_manifest(tmp_path / "new" / "c.ckpt").is_file()
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_one_before(

@@ -25,6 +25,7 @@ from typing import Self
 from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
+from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest import hasher_on_all_cores
 from enstack_lightning.checkpoint.manifest_file import ManifestEntry
@@ -89,20 +90,6 @@ def sync(path: Path) -> None:
         sync_folder(path)
         return
     fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        if os.name == "nt":
-            return
-        raise
     try:
         os.fsync(fd)
     finally:

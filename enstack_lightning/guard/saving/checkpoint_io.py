@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from enstack_lightning.checkpoint import Options, Severity
+from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.location import is_url
 from enstack_lightning.checkpoint.manifest_file import ManifestEntry
@@ -35,7 +36,6 @@ from enstack_lightning.guard.saving.atomic import (
     remove_leftovers,
     staging,
     sync,
-    sync_folder,
 )
 from enstack_lightning.guard.saving.background import BackgroundSaves, Snapshot, SnapshotMemory
 from enstack_lightning.guard.saving.comparing import first_difference

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.manifest import manifest_path, write_manifest
 from enstack_lightning.checkpoint.manifest_file import ManifestEntry
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.flavor import rank_zero_warn
 from enstack_lightning.guard.live import versions
-from enstack_lightning.guard.saving.atomic import sync_folder, write_durably
+from enstack_lightning.guard.saving.atomic import write_durably
 
 
 def write_save_manifest(target: Path, checkpoint: Mapping[str, Any], entries: Sequence[ManifestEntry] | None) -> None:
