@@ -62,9 +62,9 @@ def test_every_command_line_is_one_that_can_be_called(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def demo_like(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the README's, from the tests' own small run."""
-    folder = tmp_path / "runs" / "demo" / "checkpoints"
+    folder = tmp_path / "runs" / "small" / "checkpoints"
     folder.mkdir(parents=True)
     for name, step in {"best_model": 5, "last_checkpoint": 5, "recovery_checkpoint": 7}.items():
         shutil.copy(trained / f"step={step}.ckpt", folder / f"{name}.ckpt")
@@ -77,7 +77,7 @@ def demo_like(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_reports_shown_are_those_that_are_printed(
-    number: int, demo_like: Path, capsys: pytest.CaptureFixture[str]
+    number: int, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     block = [b for b in blocks("console") if b.startswith("$ enstack verify")][number]
     command, *shown = block.splitlines()
