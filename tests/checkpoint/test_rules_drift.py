@@ -62,6 +62,21 @@ def test_labels_that_are_no_plain_number_are_not_compared_with_none() -> None:
     assert report_on(lambda: facts, "c.ckpt", options).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("saved", "given", "severity"),
+    [
+        (float("nan"), float("nan"), Severity.PASS),
+        ([1, float("nan")], [1, float("nan")], Severity.PASS),
+        (float("nan"), 0.5, Severity.INFO),
+        (0.5, float("nan"), Severity.INFO),
+    ],
+)
+def test_no_number_is_the_same_as_no_number(saved: object, given: object, severity: Severity) -> None:
+    facts = Facts("c.ckpt", Format.LIGHTNING, fields={"loops": "dict"}, hyper_parameters={"threshold": saved})
+    options = Options(run_config={"trainer": {}, "model": {"threshold": given}}, select=("CK901",))
+    assert [f.severity for f in report_on(lambda: facts, "c.ckpt", options).findings] == [severity]
+
+
 @pytest.mark.parametrize("name", ["step=5", "epoch=1"])
 def test_the_same_run_has_not_changed(name: str, classifier: tuple[Path, dict[str, Any]]) -> None:
     folder, config = classifier

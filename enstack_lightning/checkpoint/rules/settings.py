@@ -125,7 +125,7 @@ def same(old: object, new: object) -> bool:
     a, b = _number(old), _number(new)
     if a is not None and b is not None:
         return math.isclose(a, b, rel_tol=1e-9)
-    return old == new
+    return old == new or all(isinstance(value, float) and math.isnan(value) for value in (old, new))
 
 
 def _number(value: object) -> float | None:
