@@ -152,6 +152,17 @@ def test_a_link_in_place_of_an_older_copy_is_not_held_against_the_copys_manifest
     assert (manifest.compared, manifest.differences) == ("digests", ())
 
 
+def test_a_name_that_leaves_no_room_for_a_manifests_is_saved_without_one(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=1)
+    trainer.fit(TinyModule())
+    path = tmp_path / ("x" * 250 + ".ckpt")
+    for _ in range(2):  # anew, and over itself
+        with pytest.warns(UserWarning, match="is saved and on the disk, but has no manifest"):
+            trainer.save_checkpoint(path)
+    assert verify_checkpoint(path).verdict is Verdict.PASS
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_versions_of_one_name(tmp_path: Path) -> None:
     for _ in range(3):
         fit(tmp_path, ModelCheckpoint(tmp_path, filename="a"), max_epochs=1)
