@@ -252,7 +252,7 @@ class SchedulerFacts:
     """One learning rate scheduler.
 
     Attributes:
-        last_epoch: how often it has stepped, in whatever unit it steps.
+        last_epoch: how often it has stepped, in whatever unit it steps; None where it keeps no count of its steps.
         last_lr: the learning rates it set last, one a param group.
         max_lrs: the peaks of its schedule, where it keeps them itself (`CyclicLR`).
         total_steps: the length of its schedule, where it has one (`OneCycleLR`).

@@ -37,7 +37,8 @@ class ScheduleFacts:
         kind: torch's class; None where the entries fit no class or several.
         next_lrs: the learning rates of the first param group at the coming steps, the next one first.
         curve: points (scheduler step, learning rate of the first param group) from 0 to the schedule's end.
-        own_lr: what the schedule gives at the scheduler's position, one rate a param group.
+        own_lr: what the schedule gives at the scheduler's position, one rate a param group; of one that was put to a
+            fraction of an epoch no more than this is told.
     """
 
     kind: str | None = None
@@ -74,6 +75,8 @@ def describe(state: Mapping[str, Any], groups: Sequence[ParamGroupFacts]) -> Sch
         ('StepLR', 0.1)
     """
     kind = kind_of(state)
+    if not counts_its_steps(state):
+        return ScheduleFacts(kind, own_lr=_own_at_a_fraction(state))
     try:
         position = _count(_position_of(state, kind), lowest=0)
         schedule = _schedule_of(state, kind, groups)
@@ -88,6 +91,15 @@ def describe(state: Mapping[str, Any], groups: Sequence[ParamGroupFacts]) -> Sch
         return ScheduleFacts(kind)  # a scale function of the user's own leaves no trace in the state
     following = _following(schedule, position) if on_schedule else ()
     return ScheduleFacts(kind, following, curve, own)
+
+
+def counts_its_steps(state: Mapping[str, Any]) -> bool:
+    """Whether `last_epoch` counts the scheduler's steps.
+
+    `CosineAnnealingWarmRestarts.step(epoch + i / batches)` puts it to a fraction of an epoch and keeps the whole part
+    there. Steps that are counted leave a whole number in `T_cur`, and a fraction a float, also where it is whole.
+    """
+    return kind_of(state) != "CosineAnnealingWarmRestarts" or isinstance(state["T_cur"], int)
 
 
 def same_rate(a: float, b: float) -> bool:
@@ -183,6 +195,16 @@ def _warm_restarts_lr(state: Mapping[str, Any], base: float) -> Curve:
         return lowest + (base - lowest) * (1 + math.cos(math.pi * (t - begun) / length)) / 2
 
     return rate
+
+
+def _own_at_a_fraction(state: Mapping[str, Any]) -> tuple[float, ...]:
+    """What warm restarts give at the fraction of an epoch that they were put to; how far they go next is not known."""
+    try:
+        share, lowest = _real(state["T_cur"]) / _count(state["T_i"]), _real(state["eta_min"])
+        wave = (1 + math.cos(math.pi * share)) / 2
+        return tuple(lowest + (base - lowest) * wave for base in _rates(state.get("base_lrs")))
+    except (_Unknown, ArithmeticError, ValueError):
+        return ()
 
 
 _Formula = Callable[[Mapping[str, Any], float], Curve]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
 from genuine import huggingface_trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.optim import lr_scheduler as schedules
 
 from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
@@ -151,6 +152,156 @@ def test_a_fault_is_told(fault: str, tmp_path: Path) -> None:
     assert words in said(report, code, severity), report.findings
     expected = {"error": Verdict.FAIL, "warning": Verdict.WARN, "info": Verdict.PASS}[severity]
     assert report.verdict is expected, report.findings
+
+
+class ByFractions(Scheduled):
+    """Warm restarts every 2 or so epochs, put to a fraction of an epoch after each batch as torch's page shows it."""
+
+    def __init__(self, growth: int = 1, lr: float = 1e-2) -> None:
+        super().__init__(lambda o: schedules.CosineAnnealingWarmRestarts(o, 1, growth), lr=lr)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step(self.trainer.fit_loop.epoch_loop.total_batch_idx / 5)
+
+
+@pytest.mark.parametrize("growth", [1, 2])
+def test_a_schedule_put_to_fractions_of_an_epoch_is_at_no_count_of_steps(growth: int, tmp_path: Path) -> None:
+    paths = run(tmp_path, ByFractions(growth))
+    for path in paths:
+        report = verify_checkpoint(path)
+        assert report.verdict is Verdict.PASS, (path.name, report.of(Severity.WARNING))
+        assert "is what the schedule gives" in said(report, "CK504", "pass"), path.name
+        assert said(report, "CK501") == said(report, "CK506") == "", path.name
+    guard = CheckpointGuard()
+    quiet_trainer(tmp_path, guard).fit(ByFractions(growth), ckpt_path=tmp_path / "step=7.ckpt")
+    assert guard.report is not None
+    assert said(guard.report, "CK501") == "", guard.report.findings
+    assert "is what the schedule gives" in said(guard.report, "CK504", "pass")
+    assert guard.report.of(Severity.ERROR) == guard.report.of(Severity.WARNING) == ()
+
+
+def test_a_rate_next_to_nothing_before_a_restart_is_told_only_of_a_run_that_has_no_other(tmp_path: Path) -> None:
+    run(tmp_path, ByFractions())
+    before_restart = both(_last_lr=[2.4e-10, 1.2e-10], T_cur=0.9999)
+    path = edited(tmp_path / "step=7.ckpt", tmp_path / "low.ckpt", before_restart)
+    assert said(verify_checkpoint(path), "CK502", "warning") == ""
+    (tmp_path / "slow").mkdir()
+    run(tmp_path / "slow", ByFractions(lr=1e-10))
+    assert "below 1e-08" in said(verify_checkpoint(tmp_path / "slow" / "step=7.ckpt"), "CK502", "warning")
+
+
+def test_a_rate_that_is_not_that_of_its_fraction_is_told(tmp_path: Path) -> None:
+    run(tmp_path, ByFractions())
+    report = verify_checkpoint(edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", both(_last_lr=[5e-3, 2.5e-3])))
+    assert "learning rate 5.000000e-03, where its own CosineAnnealingWarmRestarts gives" in said(
+        report, "CK504", "warning"
+    )
+
+
+def test_warm_restarts_that_count_their_steps_are_held_to_them(tmp_path: Path) -> None:
+    run(tmp_path, Scheduled(lambda o: schedules.CosineAnnealingWarmRestarts(o, 5)))
+    behind = edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", scheduler(last_epoch=5, T_cur=0))
+    assert "scheduler steps 5, expected 7" in said(verify_checkpoint(behind), "CK501", "warning")
+
+
+class Averaged(Scheduled):
+    """Under Lightning's averaging of weights, with and without batch norm, which adds a pass to the run."""
+
+    def __init__(self, batch_norm: bool = False, lr: float = 1e-2) -> None:
+        super().__init__(lambda o: schedules.ExponentialLR(o, 0.9), "epoch", lr)
+        self.norm = torch.nn.BatchNorm1d(4) if batch_norm else torch.nn.Identity()
+
+    def training_step(self, batch: Any) -> Any:
+        return super().training_step((self.norm(batch[0]), batch[1]))
+
+    def validation_step(self, batch: Any) -> None:
+        """Before it Lightning drops all gradients, without which the last pass makes no step."""
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+
+def averaging(rate: float = 1e-3) -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(rate, swa_epoch_start=1, annealing_epochs=2)
+
+
+def averaged(folder: Path, module: Scheduled, guard: bool = True, rate: float = 1e-3) -> list[Path]:
+    guards = [CheckpointGuard()] if guard else []
+    quiet_trainer(folder, *guards, averaging(rate), every_step(folder), every_epoch(folder)).fit(module)
+    return sorted(folder.glob("*.ckpt"))
+
+
+def resumed(path: Path, module: Scheduled, rate: float = 1e-3) -> Report:
+    guard = CheckpointGuard()
+    quiet_trainer(path.parent / "again", guard, averaging(rate)).fit(module, ckpt_path=path)
+    assert guard.report is not None
+    return guard.report
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("rate", [1e-3, 1e-1])
+@pytest.mark.filterwarnings("ignore")
+def test_averaging_anneals_between_the_schedules_rate_and_its_own(
+    batch_norm: bool, rate: float, tmp_path: Path
+) -> None:
+    for path in averaged(tmp_path, Averaged(batch_norm), rate=rate):
+        for report in (verify_checkpoint(path), *self_resumed(path, batch_norm, rate)):
+            assert not said(report, "CK502", "warning"), path.name
+            assert not said(report, "CK401", "warning"), path.name
+
+
+def self_resumed(path: Path, batch_norm: bool, rate: float) -> list[Report]:
+    """The report on a live run from it; none where nothing is left of the run."""
+    try:
+        return [resumed(path, Averaged(batch_norm), rate)]
+    except CheckpointGuardError as error:
+        assert "CK906" in str(error)  # noqa: PT017
+        return []
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_above_both_of_averaging_and_the_schedule_is_told(live: bool, tmp_path: Path) -> None:
+    averaged(tmp_path, Averaged())
+    path = edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", both(_last_lr=[0.5, 0.5]))
+    report = resumed(path, Averaged()) if live else verify_checkpoint(path)
+    assert "learning rate 5.00e-01 of optimizer 0 is above 2.00e-02" in said(report, "CK502", "warning")
+
+
+@pytest.mark.parametrize("odd", [True, "high", float("nan"), 10**400, [1.0], None])
+@pytest.mark.filterwarnings("ignore")
+def test_options_of_averaging_that_are_no_rates_name_no_peak(odd: Any, tmp_path: Path) -> None:
+    averaged(tmp_path, Averaged())
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        for group in checkpoint["optimizer_states"][0]["param_groups"]:
+            group["swa_lr"] = odd
+        record = checkpoint["callbacks"]["CheckpointGuard"]["run"]
+        record["optimizer_options"] = [[{"lr": odd}]]
+        record["scheduler_options"] = [{"max_lrs": odd}]
+
+    report = verify_checkpoint(edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", edit))
+    assert not said(report, "CK502", "warning"), report.findings
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_averaging_without_a_record_of_the_rate_before_it_names_no_peak(tmp_path: Path) -> None:
+    for path in averaged(tmp_path, Averaged(), guard=False):
+        assert not said(verify_checkpoint(path), "CK502", "warning"), path.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_steps_fewer_are_told_in_the_last_pass_of_averaging_too(tmp_path: Path) -> None:
+    averaged(tmp_path, Averaged(batch_norm=True))
+
+    def fewer(checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint["optimizer_states"][0]["state"].values():
+            state["step"] -= 1
+
+    last = tmp_path / "step=16.ckpt"
+    assert "1 fewer" in said(resumed(last, Averaged(batch_norm=True)), "CK401", "info")
+    path = edited(last, tmp_path / "c.ckpt", fewer)
+    assert "2 fewer" in said(resumed(path, Averaged(batch_norm=True)), "CK401", "warning")
 
 
 def test_a_lost_schedule_whose_steps_were_counted_is_told(tmp_path: Path) -> None:

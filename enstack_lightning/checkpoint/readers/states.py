@@ -18,7 +18,7 @@ from enstack_lightning.checkpoint.facts import (
 )
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, MAX_STATES
-from enstack_lightning.checkpoint.schedule import ScheduleFacts, describe
+from enstack_lightning.checkpoint.schedule import ScheduleFacts, counts_its_steps, describe
 
 MAX_DESCRIBED = 50
 """Schedulers of one checkpoint whose schedules are reckoned, each for all its param groups."""
@@ -166,9 +166,10 @@ def scheduler_of(
     """
     # A ChainedScheduler has a position of its own that never moves; those of its parts count.
     chained = "_schedulers" in entry and "_milestones" not in entry
+    counted = not chained and counts_its_steps(entry)
     schedule = describe(entry, groups) if described else ScheduleFacts()
     return SchedulerFacts(
-        last_epoch=None if chained else whole(entry.get("last_epoch")),
+        last_epoch=whole(entry.get("last_epoch")) if counted else None,
         last_lr=_numbers(entry.get("_last_lr")),
         base_lrs=_numbers(entry.get("base_lrs")),
         max_lrs=_numbers(entry.get("max_lrs")),

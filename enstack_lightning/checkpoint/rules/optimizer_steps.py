@@ -47,6 +47,14 @@ def expected_steps(facts: Facts, options: Options) -> ExpectedSteps | None:
     return ExpectedSteps(p.epochs_completed * batches + in_epoch, tolerance, reckoning)
 
 
+def averages_weights(facts: Facts) -> bool:
+    """Whether weights were being averaged under a schedule of their own, when the checkpoint was saved or by now.
+
+    Lightning makes that schedule anew in a live run, once an epoch of averaging begins.
+    """
+    return any(s.kind == "SWALR" for f in (facts, facts.saved or facts) for s in f.schedulers or ())
+
+
 def scales_losses(facts: Facts) -> bool:
     """Whether a gradient scaler's state is in the checkpoint: float16 training, which skips steps on overflow."""
     return (
@@ -97,7 +105,7 @@ def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]
     if exact and difference < 0 and actual and scales_losses(facts) and size <= max(20, expected.steps // 50):
         yield info(message, "optimizer", "The gradient scaler skips a step on overflow: expected in float16 training.")
         return
-    if exact and difference == -1 and any(s.kind == "SWALR" for s in facts.schedulers or ()):
+    if exact and difference == -1 and averages_weights(facts):
         yield info(message, "optimizer", "Weight averaging ends with an epoch that only updates batch norm: one step.")
         return
     lost = _lost_optimizer(actual, expected.steps, facts) if difference < 0 else None

@@ -8,9 +8,10 @@ from itertools import islice
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, ParamGroupFacts, SchedulerFacts
 from enstack_lightning.checkpoint.resume import plan_resume
-from enstack_lightning.checkpoint.rules.optimizer_steps import expected_steps
+from enstack_lightning.checkpoint.rules.optimizer_steps import averages_weights, expected_steps
 from enstack_lightning.checkpoint.rules.overrides import trains_longer
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
+from enstack_lightning.checkpoint.rules.settings import same
 from enstack_lightning.checkpoint.schedule import same_rate
 from enstack_lightning.checkpoint.wording import many
 
@@ -46,7 +47,8 @@ def scheduler_position(facts: Facts, options: Options) -> Iterator[Outcome]:
     one that steps with every epoch at the number of epochs. transformers steps its scheduler with the optimizer, and
     not where the gradient scaler skipped a step. In an EnStack folder the scheduler steps with the optimizer as well,
     and the optimizer's tolerance applies. Steps of schedulers that are not in a checkpoint of Lightning are a warning
-    too: it begins the schedule anew on a resume, and says nothing.
+    too: it begins the schedule anew on a resume, and says nothing. Warm restarts that are put to a fraction of an epoch
+    keep no count of their steps, and are not compared.
     """
     schedulers = facts.schedulers or ()
     stepped = facts.progress.scheduler_steps
@@ -129,8 +131,9 @@ def learning_rate_out_of_bounds(facts: Facts, options: Options) -> Iterator[Outc
     the peak that its schedule names (`OneCycleLR`, `CyclicLR`).
 
     Too low is an optimizer of which no group trains on: one group at 0 is how a part of a model is held still. A rate
-    next to 0 is what the schedule gives at the start of a warm-up, and at the end of a finished run. `SWALR` comes down
-    from whatever rate it found.
+    next to 0 is what the schedule gives at the start of a warm-up, before a warm restart, and at the end of a finished
+    run. Averaging of weights (`SWALR`, `StochasticWeightAveraging`) goes from the rate that it finds to one of its own,
+    and the larger of the two is the peak.
     """
     plan = plan_resume(facts)
     excused = (plan is not None and plan.kind == "finished") or any(
@@ -167,10 +170,32 @@ def highest_rate(facts: Facts, group: ParamGroupFacts, options: Options) -> floa
     if options.max_lr is not None:
         return options.max_lr
     peaks = [rate for s in facts.schedulers or () for rate in s.max_lrs]
-    if any(s.kind == "SWALR" for s in facts.schedulers or ()):
-        return math.inf
-    peak = max(group.initial_lr or 0.0, group.max_lr or 0.0, *peaks)
+    averaged = _as_rate(group.options.get("swa_lr"))
+    if averaged is not None or averages_weights(facts):
+        peaks += _rates_before_averaging(facts)
+        if not peaks and (averaged is None or same(averaged, group.initial_lr)):
+            return math.inf  # Lightning writes the rate of averaging over the initial one
+    peaks += [rate for rate in (group.initial_lr, group.max_lr, averaged) if rate is not None]
+    peak = max(peaks, default=0.0)
     return 2 * peak if peak else math.inf
+
+
+def _rates_before_averaging(facts: Facts) -> list[float]:
+    """The rates that the optimizers and schedules of the run were made with, as far as they were recorded."""
+    runs = (facts.run, (facts.saved or facts).run)
+    groups = [group for run in runs for groups in run.optimizer_options for group in groups]
+    rates = [group.get(name) for group in groups for name in ("lr", "initial_lr", "max_lr")]
+    for schedule in (schedule for run in runs for schedule in run.scheduler_options):
+        peaks = schedule.get("max_lrs")
+        rates += peaks if isinstance(peaks, list | tuple) else []
+    return [rate for value in rates if (rate := _as_rate(value)) is not None]
+
+
+def _as_rate(value: object) -> float | None:
+    """An option as a learning rate; None for what is none, since nobody has vouched for it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < 2**63 else None
 
 
 def _warms_up(scheduler: SchedulerFacts, options: Options) -> bool:
@@ -178,6 +203,8 @@ def _warms_up(scheduler: SchedulerFacts, options: Options) -> bool:
     position = scheduler.last_epoch
     if position == 0:
         return True
+    if position is None and scheduler.kind == "CosineAnnealingWarmRestarts":
+        return max(scheduler.base_lrs, default=0.0) >= options.min_lr  # it comes to 0 and begins again
     if position is None or not scheduler.last_lr or scheduler.last_lr[0] >= options.min_lr:
         return False
     if scheduler.next_lrs:
@@ -269,16 +296,16 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
             off = _first_difference(scheduler.last_lr, scheduler.scheduled_lr)
             if off is not None and trains_longer(facts):
                 yield info(
-                    f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where a schedule of this "
-                    f"run's length gives {off[1]:.6e}",
+                    f"learning rate {off[0]:.6e}{_at_its_step(scheduler)}, where a schedule of this run's length gives "
+                    f"{off[1]:.6e}",
                     "scheduler",
                     f"Expected where the run's length was changed on purpose: {_SAVED_FIRST}",
                 )
                 continue
             if off is not None:
                 yield warning(
-                    f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where this run's schedule "
-                    f"gives {off[1]:.6e}",
+                    f"learning rate {off[0]:.6e}{_at_its_step(scheduler)}, where this run's schedule gives "
+                    f"{off[1]:.6e}",
                     "scheduler",
                     f"The schedule's length or base rate changed since the save: {_SAVED_FIRST}",
                 )
@@ -290,8 +317,8 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
                 yield passed(_on_schedule(scheduler))
                 continue
             message = (
-                f"learning rate {off[0]:.6e} at scheduler step {scheduler.last_epoch}, where its own {scheduler.kind} "
-                f"gives {off[1]:.6e}"
+                f"learning rate {off[0]:.6e}{_at_its_step(scheduler)}, where its own {scheduler.kind} gives "
+                f"{off[1]:.6e}"
             )
             if scheduler.kind in _RECKONED_FROM_THE_START:
                 yield warning(message, "scheduler", "The state is put together from two; use another checkpoint.")
@@ -301,6 +328,10 @@ def learning_rate_off_schedule(facts: Facts, options: Options) -> Iterator[Outco
 
 def _first_difference(actual: Sequence[float], expected: Sequence[float]) -> tuple[float, float] | None:
     return next(((a, b) for a, b in zip(actual, expected, strict=True) if not same_rate(a, b)), None)
+
+
+def _at_its_step(scheduler: SchedulerFacts) -> str:
+    return "" if scheduler.last_epoch is None else f" at scheduler step {scheduler.last_epoch}"
 
 
 def _on_schedule(scheduler: SchedulerFacts) -> str:
