@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from enstack_lightning.checkpoint import Report
-from enstack_lightning.guard.recovery import RECOVERY_NAME
+from enstack_lightning.checkpoint.location import locate
+from enstack_lightning.guard.recovery import RECOVERY_NAME, recovery_names
 from enstack_lightning.guard.saving.atomic import local_path
 
 
@@ -15,10 +16,12 @@ def passed_over(loaded: Report, verify: Callable[[str], Report]) -> str:
     `ckpt_path="last"` looks for files called `last` only, and passes over what was saved when a signal ended the run.
     """
     path = local_path(loaded.path)
-    recovery = path and path.with_name(f"{RECOVERY_NAME}.ckpt")
-    if not path or not recovery or recovery == path or not recovery.is_file() or not path.exists():
+    if not path or not path.exists():
         return ""
-    if recovery.stat().st_mtime < path.stat().st_mtime:
+    plain = path.with_name(f"{RECOVERY_NAME}.ckpt")
+    beside = [plain.with_name(name) for name in recovery_names(locate(plain))]
+    recovery = max((p for p in beside if p.is_file()), key=lambda p: p.stat().st_mtime, default=path)
+    if path in beside or not beside or recovery.stat().st_mtime < path.stat().st_mtime:
         return ""
     report = verify(str(recovery))
     steps, mine = report.facts.progress.global_step, loaded.facts.progress.global_step

@@ -23,7 +23,7 @@ from enstack_lightning.guard.flavor import (
     lightning_base,
     rank_zero_info,
 )
-from enstack_lightning.guard.recovery import RECOVERY_NAME, RecoveryCheckpoint
+from enstack_lightning.guard.recovery import RECOVERY_NAME, RecoveryCheckpoint, recovery_path
 from enstack_lightning.guard.restart.resume_state import capture_resume_state
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Preemption:
         self._received: int = 0
         self._received_at = 0.0
         self._childrens: Any = None
+        self._path = ""
         self._last: _Last | None = None
         self._agreement = _Agreement()
         self._before_validation: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -81,6 +82,8 @@ class Preemption:
         if not self.enabled or threading.current_thread() is not threading.main_thread() or _folder(trainer) is None:
             return
         self._trainer, self._pid = trainer, os.getpid()
+        if trainer.is_global_zero:
+            self._path = recovery_path(trainer, f"{_folder(trainer)}/{RECOVERY_NAME}.ckpt")
         for number in _signals(trainer):
             before = signal.getsignal(number)
             if before is not None and before is not signal.SIG_IGN:
@@ -201,11 +204,8 @@ class Preemption:
         self._end(trainer, number, at_once)
 
     def _save(self, trainer: Trainer) -> str:
-        path = f"{_folder(trainer)}/{RECOVERY_NAME}.ckpt"
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, RecoveryCheckpoint):
-                path = callback.about_to_save(trainer)
-                break
+        recovery = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RecoveryCheckpoint)), None)
+        path = recovery.about_to_save(trainer) if recovery else trainer.strategy.broadcast(self._path)
         if self._before_validation is None:
             trainer.save_checkpoint(path, weights_only=False)
             return path
