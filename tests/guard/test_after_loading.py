@@ -219,12 +219,58 @@ def test_layers_that_a_callback_unfroze_and_does_not_unfreeze_again_are_said(tmp
     module, path = Net(), save(tmp_path, Net(), UnfreezeLater())
     report = resume(edited(path, tmp_path / "other.ckpt", saved_without_what_is_frozen), module, UnfreezeLater())
     assert not module.first.weight.requires_grad
-    assert "warning 4 parameters got a gradient and 2 do now: 2 more are frozen" in said(report, "CK913")
+    assert "warning 4 parameters got a gradient at the save, and 2 do now" in said(report, "CK917")
     assert "optimizer 0: 2 of 4 parameters have fewer steps than the others (5 to 10)" in said(report, "CK403")
     module = Net()
     report = resume(path, module, UnfreezeLater())
     assert module.first.weight.requires_grad
     assert complaints(report) == []
+
+
+class FrozenByStep(Net):
+    """Trains its first layer from the twelfth step on, or until then, as its hook says before every batch."""
+
+    def __init__(self, until: bool) -> None:
+        super().__init__(lambda _: AdamW(self.parameters(), lr=1e-2))
+        self.until = until
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.first.requires_grad_((self.global_step >= 12) is not self.until)
+
+
+class UnfrozenOnce(Net):
+    """Made with a frozen layer, which a hook unfreezes at the start of one epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: AdamW(self.parameters(), lr=1e-2))
+        self.first.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.first.requires_grad_(True)
+
+
+@pytest.mark.parametrize("until", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_a_hook_freezes_by_the_step_are_no_other_parameters(until: bool, tmp_path: Path) -> None:
+    """At the report no hook has run yet."""
+    for step in (3, 15):
+        folder = tmp_path / f"{step}"
+        save(folder, FrozenByStep(until), every_step(folder))
+        report = resume(folder / f"step={step}.ckpt", FrozenByStep(until))
+        frozen = (step > 12) is until
+        assert said(report, "CK913") == "pass parameters in their places, as saved"
+        assert ("info 2 parameters got a gradient at the save, and 4 do now" in said(report, "CK917")) is frozen
+        assert [c for c in complaints(report) if "CK403" not in c and "info CK917" not in c] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_a_hook_unfroze_once_is_said_to_be_frozen_again(tmp_path: Path) -> None:
+    module, path = UnfrozenOnce(), save(tmp_path, UnfrozenOnce())
+    report = resume(path, module)
+    assert not module.first.weight.requires_grad
+    assert "warning 4 parameters got a gradient at the save, and 2 do now" in said(report, "CK917")
+    assert said(report, "CK913") == "pass parameters in their places, as saved"
 
 
 def test_a_run_that_deliberately_trains_longer_is_no_warning(tmp_path: Path) -> None:
@@ -480,8 +526,8 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[], Net], dict[str, Any], s
         Net,
         lambda: frozen_but_given(),
         {},
-        "CK913",
-        "warning 4 parameters got a gradient and 2 do now: 2 more are frozen",
+        "CK917",
+        "warning 4 parameters got a gradient at the save, and 2 do now, before the first batch: 2 more are frozen",
     ),
 }
 

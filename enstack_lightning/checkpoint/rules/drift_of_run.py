@@ -1,4 +1,4 @@
-"""CK910 to CK915: what only `CheckpointGuard` knows of two runs, since no checkpoint of Lightning holds it.
+"""CK910 to CK915, and CK917: what only `CheckpointGuard` knows of two runs, since no checkpoint of Lightning holds it.
 
 The guard records it with every save and compares it with the live run that was restored from there. Where nothing was
 recorded, as much is compared as the checkpoint's own entries give away.
@@ -232,7 +232,7 @@ def drift_of_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
 
     torch restores moments by position. Another number of parameters in a group is refused by it; the same in another
     order gets each other's moments without a word, an error. Parameters under new names are a warning, since a renamed
-    module is the usual cause, and so are fewer that get a gradient; more of these are worth knowing.
+    module is the usual cause. Which of them get a gradient is another question, that of CK917.
     """
     if facts.saved is None or not facts.optimizers or not facts.saved.optimizers:
         return
@@ -241,21 +241,7 @@ def drift_of_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
         for outcome in (*_other_sizes(number, before, now), *_other_names(number, facts, now)):
             unchanged = False
             yield outcome
-    before_run, run = facts.saved.run, facts.run
-    old, new = before_run.trainable_parameters, run.trainable_parameters
-    if old is not None and new is not None and old != new:
-        unchanged = False
-        message = f"{old:,} parameters got a gradient and {new:,} do now"
-        if new < old:
-            yield warning(
-                f"{message}: {old - new:,} more are frozen",
-                "parameters",
-                "Expected if they were frozen on purpose. A BaseFinetuning callback does not unfreeze again on a "
-                "resume: unfreeze them in its on_fit_start.",
-            )
-        else:
-            yield info(f"{message}: {new - old:,} were unfrozen", "parameters")
-    if unchanged and before_run.parameter_digests and run.parameter_digests:
+    if unchanged and facts.saved.run.parameter_digests and facts.run.parameter_digests:
         yield passed("parameters in their places, as saved")
 
 
@@ -378,3 +364,43 @@ def drift_of_versions(facts: Facts, options: Options) -> Iterator[Outcome]:
 def _release(version: str) -> list[int]:
     """Major and minor."""
     return [int(n) for n in re.findall(r"\d{1,6}", version.partition("+")[0])[:2]]
+
+
+@rule(
+    "CK917",
+    "drift-of-frozen-parameters",
+    Severity.WARNING,
+    compares="how many parameters get a gradient before the first batch with how many did at the save",
+    source="CheckpointGuard's state; torch.Tensor.requires_grad, which no checkpoint holds",
+)
+def drift_of_frozen_parameters(facts: Facts, options: Options) -> Iterator[Outcome]:
+    """The live run begins with more parameters frozen than the run that saved had, or with fewer.
+
+    No checkpoint says which layers are frozen: a resumed run begins with what its module is made with, and its hooks
+    change that as they come. One that decides by the epoch or the step sets it right. One that unfroze layers once does
+    not run again, and they stay as they are for the rest of the run: a warning. Fewer frozen ones are worth knowing: a
+    hook that froze them once does not run again either. CheckpointGuard freezes as it was saved where a callback of
+    Lightning's (`BaseFinetuning`) unfreezes.
+    """
+    if facts.saved is None:
+        return
+    old, new = facts.saved.run.trainable_parameters, facts.run.trainable_parameters
+    if old is None or new is None:
+        return
+    message = f"{many(old, 'parameter')} got a gradient at the save, and {new:,} {'does' if new == 1 else 'do'} now"
+    if new < old:
+        yield warning(
+            f"{message}, before the first batch: {old - new:,} more are frozen",
+            "parameters",
+            "Expected if they are frozen on purpose, or if a hook unfreezes them by the epoch or step of the run. One "
+            "that has unfrozen them once does not run again: unfreeze them in on_fit_start.",
+        )
+    elif new > old:
+        yield info(
+            f"{message}, before the first batch: {new - old:,} fewer are frozen",
+            "parameters",
+            "Expected if they are trained on purpose, or if a hook freezes them by the epoch or step of the run. One "
+            "that has frozen them once does not run again: freeze them in on_fit_start.",
+        )
+    else:
+        yield passed(f"{many(new, 'parameter')} with a gradient, as saved")
