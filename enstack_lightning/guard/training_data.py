@@ -76,9 +76,11 @@ def _fingerprint(dataset: object) -> str | None:
         return f"tensors:{_digest(part for tensor in dataset.tensors for part in _samples(tensor))}"
     if type(dataset) is Subset:
         inner, indices = _fingerprint(dataset.dataset), dataset.indices
-        if inner is None or not isinstance(indices, list | tuple | range):
+        if not isinstance(indices, list | tuple | range):
             return None
         chosen = [int(indices[i]) for i in _spread(len(indices), SAMPLED_VALUES)]
+        if inner is None:  # the rows themselves are not looked at
+            return f"subset:{_digest((str(len(indices)).encode(), repr(chosen).encode()))}"
         return f"subset of {inner.partition(':')[0]}:{_digest((inner.encode(), repr(chosen).encode()))}"
     own = getattr(dataset, "_fingerprint", None)
     if type(dataset).__module__.partition(".")[0] == "datasets" and isinstance(own, str):

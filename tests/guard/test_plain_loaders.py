@@ -51,10 +51,10 @@ class ByItself(Python):
     """Has a generator that nobody else can see."""
 
     def __init__(self) -> None:
-        self.own = np.random.default_rng(3)
+        self.draw = np.random.default_rng(3).permutation
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.own.permutation(ROWS).tolist())
+        return iter(self.draw(ROWS).tolist())
 
 
 class AtOnce(Sampler[list[int]]):

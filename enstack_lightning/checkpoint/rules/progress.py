@@ -240,7 +240,9 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield warning(
             f"saved after batch {plan.step:,} of the epoch, without the training loader's position: a resume trains "
             f"other batches than the ones left, up to {plan.batches_repeated:,} of them for the second time",
-            hint="Use a StatefulDataLoader (torchdata) for training, or resume from a checkpoint of an epoch's end.",
+            hint="Train with CheckpointGuard, which keeps the order of a plain DataLoader; or with torchdata's "
+            "StatefulDataLoader over rows in order, with shuffle=True or with a sampler that has a state; or resume "
+            "from a checkpoint of an epoch's end.",
         )
     elif plan.kind != "finished" and facts.loader_spent:
         yield warning(

@@ -8,6 +8,7 @@ import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
+from enstack_lightning.guard.restart.lost_by_loaders import lost_by_loaders
 from enstack_lightning.guard.restart.plain_order import drawn_anew
 from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
 
@@ -56,6 +57,7 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append(f"{count} trained twice, since the {why}")
     if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
         lost.append(said)
+    lost += lost_by_loaders(trainer, restart)
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 

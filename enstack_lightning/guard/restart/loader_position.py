@@ -8,12 +8,21 @@ made after the loops were restored (`FitLoop.setup_data`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 
-from enstack_lightning.guard.restart.plain_order import forget_order, generators_of, know_order
-from enstack_lightning.guard.restart.rng import capture_cpu_random_state, restore_cpu_random_state
+from enstack_lightning.guard.restart.own_generators import generators_in, generators_of, set_state, state_of
+from enstack_lightning.guard.restart.plain_order import forget_order, know_order
+from enstack_lightning.guard.restart.rng import (
+    as_text,
+    capture_cpu_random_state,
+    from_text,
+    restore_cpu_random_state,
+)
+from enstack_lightning.guard.restart.rows import OwnPositions, go_on_once, set_epoch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -32,15 +41,22 @@ def restore_loader_position(trainer: Trainer) -> bool:
     Returns:
         Whether there was a position left to restore.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     states = getattr(loop, "_combined_loader_states_to_load", None)
     if loop.is_resuming and not loop.restarting:  # at an epoch's end that is not restarted exactly: all is spent there
         return False
     if not states or loop._combined_loader is None or loop._data_fetcher is None:
         return False
+    for loader in loop._combined_loader.flattened:
+        set_epoch(loader, loop.epoch_progress.current.processed)
     loop._combined_loader._load_state_dicts(states)
     loop._combined_loader_states_to_load = []
+    for loader in loop._combined_loader.flattened:
+        go_on_once(loader)
+    positions = OwnPositions(trainer)
     iter(loop._data_fetcher)
+    if not loop.restarting or loop.epoch_loop.batch_progress.is_last_batch:  # the epoch is over
+        positions.take_back_fetched()
     return True
 
 
@@ -70,26 +86,54 @@ def begin_epoch_anew(trainer: Trainer) -> None:
     iter(loop._data_fetcher)
 
 
+def capture_reloads(trainer: Trainer) -> list[float]:
+    """The epochs that the training and the validation loaders of now were made in; -inf for none."""
+    loop: Any = trainer.fit_loop
+    return [loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch]
+
+
+@contextmanager
+def as_if_in(trainer: Trainer, epoch: float) -> Iterator[None]:
+    """Lets loaders be made as in the epoch that the saved run had made them in, if it would have them still.
+
+    `reload_dataloaders_every_n_epochs` makes them anew only when so many epochs are over.
+    """
+    current = trainer.fit_loop.epoch_progress.current
+    lasting: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    completed = current.completed
+    if epoch >= 0 and trainer.current_epoch - epoch < lasting:
+        current.completed = int(epoch)
+    try:
+        yield
+    finally:
+        current.completed = completed
+
+
 # Generators of their own
 
 
-def capture_generators(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The states of the generators that training and validation loaders and their samplers own, by place."""
-    return {place: generator.get_state() for place, generator in _generators(trainer)}
+def capture_generators(trainer: Trainer) -> dict[str, Any]:
+    """The states of the generators that training and validation loaders own, with samplers and data sets, by place."""
+    return {place: state_of(generator) for place, generator in _generators(trainer)}
 
 
-def restore_generators(trainer: Trainer, states: dict[str, torch.Tensor]) -> None:
+def restore_generators(trainer: Trainer, states: dict[str, Any]) -> None:
     """Sets the generators to what `capture_generators` returned; to be called once the iterators are made."""
     for place, generator in _generators(trainer):
         if place in states:
-            generator.set_state(states[place].cpu())
+            set_state(generator, states[place])
 
 
-def _generators(trainer: Trainer) -> Iterator[tuple[str, torch.Generator]]:
+def _generators(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """Workers have copies of a data set, and it is their state that goes on: `_worker_random_state`."""
     fit, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader
     for stage, combined in (("train", fit), ("validation", validation)):
         for number, loader in enumerate(combined.flattened if combined is not None else ()):
-            yield from ((f"{stage}.{number}.{owner}", generator) for owner, generator in generators_of(loader))
+            place = f"{stage}.{number}"
+            yield from ((f"{place}.{owner}", generator) for owner, generator in generators_of(loader))
+            if not getattr(loader, "num_workers", 0):
+                dataset = getattr(loader, "dataset", None)
+                yield from ((f"{place}.dataset.{name}", generator) for name, generator in generators_in(dataset))
 
 
 # Workers
@@ -103,16 +147,22 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
     torchdata asks a data set in a worker for its state after every batch. One that has none answers with the worker's
     generators, so that random augmentation goes on where it stood.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
 
     def before_the_iterator_is_made() -> None:
-        for loader in loop._combined_loader.flattened if loop._combined_loader is not None else ():
+        loaders: list[Any] = list(loop._combined_loader.flattened) if loop._combined_loader is not None else []
+        is_restored = bool(loop.restarting and loop._combined_loader_states_to_load)
+        for loader in loaders:
             _give_state(loader)
             know_order(loader, lambda: trainer.training)
+            if is_restored:
+                set_epoch(loader, loop.epoch_progress.current.processed)
         type(loop)._load_combined_loader_states(loop)
+        for loader in loaders if is_restored else ():
+            go_on_once(loader)
 
     if hasattr(type(loop), "_load_combined_loader_states"):
-        loop._load_combined_loader_states = before_the_iterator_is_made  # type: ignore[method-assign]
+        loop._load_combined_loader_states = before_the_iterator_is_made
 
 
 def stop_keeping_random_state_of_workers(trainer: Trainer) -> None:
@@ -126,7 +176,8 @@ def stop_keeping_random_state_of_workers(trainer: Trainer) -> None:
 def _give_state(loader: Any) -> None:
     dataset: Any = getattr(loader, "dataset", None)
     resumable = callable(getattr(loader, "load_state_dict", None)) and getattr(loader, "num_workers", 0) > 0
-    if not resumable or not hasattr(dataset, "__getitem__") or hasattr(dataset, "state_dict"):
+    is_a_stream = isinstance(dataset, IterableDataset)  # which torchdata passes over only if it has no state
+    if not resumable or is_a_stream or not hasattr(dataset, "__getitem__") or hasattr(dataset, "state_dict"):
         return
     try:
         dataset.state_dict, dataset.load_state_dict = _worker_random_state, _set_worker_random_state
@@ -135,9 +186,29 @@ def _give_state(loader: Any) -> None:
 
 
 def _worker_random_state() -> dict[str, Any]:
-    return {} if torch.utils.data.get_worker_info() is None else capture_cpu_random_state()
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        return {}
+    own = {place: state_of(generator) for place, generator in generators_in(worker.dataset)}
+    return {**capture_cpu_random_state(), "own": {place: _without_tensors(state) for place, state in own.items()}}
 
 
 def _set_worker_random_state(state: dict[str, Any]) -> None:
-    if state and torch.utils.data.get_worker_info() is not None:
-        restore_cpu_random_state(state)
+    worker = torch.utils.data.get_worker_info()
+    if not state or worker is None:
+        return
+    restore_cpu_random_state(state)
+    states = state.get("own", {})
+    for place, generator in generators_in(worker.dataset):
+        if place in states:
+            set_state(generator, _with_tensors(states[place]))
+
+
+def _without_tensors(state: Any) -> Any:
+    """A tensor takes a file descriptor on its way out of a worker."""
+    return {"torch": as_text(state.numpy())} if isinstance(state, torch.Tensor) else state
+
+
+def _with_tensors(state: Any) -> Any:
+    is_torchs = isinstance(state, dict) and set(state) == {"torch"}
+    return torch.from_numpy(from_text(state["torch"])) if is_torchs else state

@@ -24,11 +24,12 @@ from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import give_first
-from enstack_lightning.guard.restart.loader_position import begin_epoch_anew, restore_generators
+from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
+from enstack_lightning.guard.restart.rows import OwnPositions
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ class ExactRestart:
         self.loader_states: list[dict[str, Any]] | None = self.mine.get("loaders")
         self.leaves_out_fetched = "fetched" in self.mine and self.mine["fetched"] is None
         """Whether batches that were fetched before the save could not be saved."""
+        self.is_epoch_done = self.point in _EPOCH_DONE
+        self._positions: OwnPositions | None = None
+        self._reloads: list[float] = self.resume.get("reloads") or []
 
     def install(self) -> None:
         """To be called before the loops are restored."""
@@ -109,13 +113,18 @@ class ExactRestart:
         _once(loop, "on_run_start", self._on_run_start)
         if self.point in _IN_EPOCH:
             _once(loop.epoch_loop, "advance", self._advance)
+        if self._reloads and self.trainer.reload_dataloaders_every_n_epochs:
+            for owner, epoch in zip((loop, loop.epoch_loop.val_loop), self._reloads, strict=True):
+                self._make_loaders_as_in(owner, epoch)
         self._give_searches_back = skip_searches(self.trainer, self.batch_size)
         self._prepare_the_loader()
 
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
         loop = self.trainer.fit_loop
-        for owner, names in ((loop, ("reset", "on_run_start")), (loop.epoch_loop, ("reset", "advance"))):
+        inner = loop.epoch_loop
+        methods = (loop, ("setup_data", "reset", "on_run_start")), (inner, ("reset", "advance"))
+        for owner, names in (*methods, (inner.val_loop, ("setup_data",))):
             for name in names:
                 vars(owner).pop(name, None)
         self._give_searches_back()
@@ -130,6 +139,12 @@ class ExactRestart:
         if self.mine.get("order") and self.order_kept is None and loop._data_fetcher is not None:
             self._restore_order()  # the loader was made before the checkpoint was loaded
             iter(loop._data_fetcher)
+        is_over = self.is_epoch_done or (self.point in _IN_EPOCH and batch.is_last_batch)
+        if is_over and self._positions is not None:
+            self._positions.take_back_fetched()
+        self._positions = None
+        if self._reloads:
+            loop._last_train_dl_reload_epoch = self._reloads[0]
         spent = self.point == "elsewhere" and batch.is_last_batch and batch.current.completed < batch.current.processed
         if self.point in _IN_EPOCH:
             for tracker in (batch.total, batch.current):
@@ -147,6 +162,8 @@ class ExactRestart:
         with _explained(self.trainer):
             restore_frozen(self.trainer, self.resume.get("frozen"))
         loop.on_run_start()
+        if self._reloads:
+            loop.epoch_loop.val_loop._last_val_dl_reload_epoch = self._reloads[1]
         elsewhere_inside = self.point == "elsewhere" and loop.restarted_mid_epoch
         begin_epoch_in_callbacks(self.trainer, inside=self.point in _IN_EPOCH or elsewhere_inside)
         has_epoch = bool(self.mine.get("epoch"))
@@ -189,6 +206,19 @@ class ExactRestart:
 
     # Parts
 
+    def _make_loaders_as_in(self, owner: Any, epoch: float) -> None:
+        """When the loops are restored; before that a schedule may have asked for the training loader's length."""
+
+        def set_up() -> None:
+            if not getattr(self.trainer.fit_loop, "_loaded_from_state_dict", True):
+                owner.setup_data()
+                self._make_loaders_as_in(owner, epoch)
+                return
+            with as_if_in(self.trainer, epoch):
+                owner.setup_data()
+
+        _once(owner, "setup_data", set_up)
+
     def _prepare_the_loader(self) -> None:
         """Whenever the training loader is made before the loops are reset, and before its iterator is.
 
@@ -197,13 +227,15 @@ class ExactRestart:
         loop = self.trainer.fit_loop
         prepare = self._restore_order if self.mine.get("order") else self._give_fetched_first
         wanted = self.mine.get("order") or self.mine.get("fetched")
-        if not wanted or not hasattr(loop, "_load_combined_loader_states"):
+        if not hasattr(loop, "_load_combined_loader_states"):
             return
         before = self._load_states = loop._load_combined_loader_states
 
         def load() -> None:
             before()
-            prepare()
+            self._positions = OwnPositions(self.trainer)
+            if wanted:
+                prepare()
 
         loop._load_combined_loader_states = load
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
+from enstack_lightning.guard.restart.rows import may_draw
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -124,12 +126,12 @@ class KnownOrder:
         return same
 
     def _state_now(self) -> dict[str, Any]:
-        return {"random_state": capture_random_state(), "generators": [g.get_state() for g in self._generators]}
+        return {"random_state": capture_random_state(), "generators": [state_of(g) for g in self._generators]}
 
     def _set_state(self, state: dict[str, Any]) -> None:
         restore_random_state(state["random_state"])
         for generator, saved in zip(self._generators, state["generators"], strict=True):
-            generator.set_state(saved.cpu())
+            set_state(generator, saved)
 
 
 def _itself(batch_sampler: Any) -> Any:
@@ -147,20 +149,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return all(_equal(value, b[name]) for name, value in a.items())
     return all(map(_equal, a, b)) if isinstance(a, list) else bool(a == b)
-
-
-def generators_of(loader: Any) -> Iterator[tuple[str, torch.Generator]]:
-    """The generators that a loader and its samplers own, by the attribute that owns each; the loader's by ""."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = {
-        "": loader,
-        "sampler": getattr(loader, "sampler", None),
-        "batch_sampler": batch_sampler,
-        "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
-    }
-    for name, owner in owners.items():
-        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-            yield name, generator
 
 
 def know_order(loader: Any, in_training: Callable[[], bool] = lambda: True) -> None:
@@ -225,6 +213,8 @@ def drawn_anew(trainer: Trainer) -> str | None:
     """What of a data set's random numbers a kept order does not give again, in a sentence; None where all come."""
     combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
     if _only_order(trainer) is None or combined is None:
+        return None
+    if not may_draw(combined.flattened[0]):
         return None
     if combined.flattened[0].num_workers > 0:
         return (

@@ -17,7 +17,8 @@ from enstack_lightning.guard.flavor import FITTING, is_a
 from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
-from enstack_lightning.guard.restart.loader_position import capture_generators, loader_states
+from enstack_lightning.guard.restart.loader_position import capture_generators, capture_reloads, loader_states
+from enstack_lightning.guard.restart.lost_by_loaders import capture_counts
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
 from enstack_lightning.guard.restart.plain_order import capture_order
 from enstack_lightning.guard.restart.rng import capture_random_state
@@ -56,6 +57,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "gradients": {},
         "order": capture_order(trainer, inside_a_step=point == "elsewhere"),
         "fetched": capture_fetched(trainer),
+        "counts": capture_counts(trainer),
     }
     if point in ("batch_end", "validation_end", "after_batch") and inside_a_window(trainer):
         mine["gradients"] = capture_gradients(trainer)
@@ -72,6 +74,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
             _has_lasting_workers(loader) for loader in (validation.flattened if validation is not None else ())
         ],
         "frozen": capture_frozen(trainer),
+        "reloads": capture_reloads(trainer),
         "ranks": _of_all_ranks(trainer, mine),
     }
     return state

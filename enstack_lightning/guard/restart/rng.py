@@ -25,9 +25,9 @@ def capture_cpu_random_state() -> dict[str, Any]:
     """The state of the global generators of Python, NumPy and torch's CPU, as numbers and text."""
     version, internal, gauss = random.getstate()
     return {
-        "python": [version, _as_text(np.array(internal, dtype=np.uint32)), gauss],
-        "numpy": _as_text(np.random.get_state(legacy=False)),
-        "torch": _as_text(torch.get_rng_state().numpy()),
+        "python": [version, as_text(np.array(internal, dtype=np.uint32)), gauss],
+        "numpy": as_text(np.random.get_state(legacy=False)),
+        "torch": as_text(torch.get_rng_state().numpy()),
     }
 
 
@@ -41,19 +41,20 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def restore_cpu_random_state(state: dict[str, Any]) -> None:
     """Sets the generators to what `capture_cpu_random_state` returned."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(_from_text(internal).tolist()), gauss))
-    np.random.set_state(_from_text(state["numpy"]))
-    torch.set_rng_state(torch.from_numpy(_from_text(state["torch"])))
+    random.setstate((version, tuple(from_text(internal).tolist()), gauss))
+    np.random.set_state(from_text(state["numpy"]))
+    torch.set_rng_state(torch.from_numpy(from_text(state["torch"])))
 
 
-def _as_text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """The value with each array in it as its dtype and its bytes."""
     if isinstance(value, dict):
-        return {name: _as_text(inner) for name, inner in value.items()}
+        return {name: as_text(inner) for name, inner in value.items()}
     return [value.dtype.str, value.tobytes().hex()] if isinstance(value, np.ndarray) else value
 
 
-def _from_text(value: Any) -> Any:
+def from_text(value: Any) -> Any:
+    """What `as_text` was given."""
     if isinstance(value, dict):
-        return {name: _from_text(inner) for name, inner in value.items()}
+        return {name: from_text(inner) for name, inner in value.items()}
     return np.array(np.frombuffer(bytes.fromhex(value[1]), dtype=value[0])) if isinstance(value, list) else value

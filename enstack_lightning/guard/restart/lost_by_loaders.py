@@ -1,0 +1,175 @@
+"""What loaders, samplers and data sets do not give again after a resume."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
+from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
+from enstack_lightning.guard.restart.rows import drew_while_passing_over, has_state, keeps_its_position, may_draw
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from enstack_lightning.guard.restart.loops import ExactRestart
+
+_INDICES_COMPARED = 10_000
+_NOT_THE_USERS = ("torch", "torchdata", "lightning", "pytorch_lightning", "enstack_lightning", "datasets")
+
+
+def lost_by_loaders(trainer: Trainer, restart: ExactRestart | None) -> list[str]:
+    """Why training or validation data may be other than that of the run that never stopped, in short sentences.
+
+    Args:
+        trainer: at `on_train_start`, with its loops restored.
+        restart: how its loops are started again; None where nothing is known of the moment that was saved.
+    """
+    if restart is None or not restart.mine.get("random_state"):
+        return []
+    loop: Any = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+    is_inside = not restart.is_epoch_done and progress.current.processed > 0 and not progress.is_last_batch
+    lost: list[str] = []
+    for loader in _loaders(loop):
+        if is_inside:
+            lost += _lost_inside(loader, loop.epoch_progress.current.processed)
+        elif progress.total.ready:
+            lost += _lost_at_an_end(trainer, loader)
+    had_workers = restart.resume.get("validation_workers", [])
+    for had, loader in zip(had_workers, _loaders(loop.epoch_loop.val_loop), strict=False):
+        if had and getattr(loader, "persistent_workers", False) and may_draw(loader):
+            lost.append(_in_lasting_workers(loader, " of validation"))
+    return lost + list(_other_counts(restart.mine.get("counts", {}), trainer))
+
+
+def _lost_inside(loader: Any, epoch: int) -> Iterator[str]:
+    if not hasattr(loader, "next_iter_state"):  # no StatefulDataLoader: its order is known, or its position lost
+        return
+    if drew_while_passing_over(loader):
+        yield (
+            f"{_name(loader.dataset)} has no state, and drew random numbers while the batches that are done were "
+            "passed over; if its order depends on them it is another"
+        )
+    elif not isinstance(loader.dataset, IterableDataset) and not order_comes_back(loader, epoch):
+        yield (
+            f"the order of {_name(_asked(loader))} is drawn anew, as a StatefulDataLoader restores only samplers with "
+            "a state, torchdata's RandomSampler and those that always give the same; a plain DataLoader keeps it"
+        )
+
+
+def _lost_at_an_end(trainer: Trainer, loader: Any) -> Iterator[str]:
+    if getattr(loader, "persistent_workers", False) and keeps_its_position(loader):
+        yield f"lasting workers give rows of {_name(loader.dataset)} ahead, and it may not begin the epoch anew"
+    elif getattr(loader, "persistent_workers", False) and not has_state(loader) and may_draw(loader):
+        yield _in_lasting_workers(loader, "")
+    elif keeps_its_position(loader) and trainer.fit_loop.max_batches != float("inf"):
+        yield f"whether {_name(loader.dataset)} goes on after the batches that an epoch is limited to is not known"
+
+
+def _in_lasting_workers(loader: Any, of: str) -> str:
+    return (
+        f"what {_name(loader.dataset)} draws at random in lasting workers{of} is drawn anew, and else all is the same"
+    )
+
+
+def order_comes_back(loader: Any, epoch: int) -> bool:
+    """Whether a StatefulDataLoader that is made anew gives the rest of the order that its sampler had begun.
+
+    It does where torchdata saves a state of the sampler or of its iterator. Else it draws the order again, and that is
+    the same only if nothing random is in it: so the sampler is asked twice, under two random states.
+
+    Args:
+        loader: a `StatefulDataLoader` over a map-style data set.
+        epoch: the epoch that is gone on with, from 0.
+    """
+    asked = _asked(loader)
+    if has_state(asked):
+        return True
+    if asked is loader.batch_sampler and epoch and callable(getattr(asked, "set_epoch", None)):
+        return False  # Lightning does not tell it, and the user may
+    generators = [(generator, state_of(generator)) for _, generator in generators_of(loader)]
+    before = capture_random_state()
+    try:
+        again = _copied(asked)
+        return has_state(iter(again)) or _drawn(again, 1) == _drawn(again, 2)
+    except Exception:  # a sampler of the user's, which is not made to be copied or asked twice
+        return False
+    finally:
+        restore_random_state(before)
+        for generator, state in generators:
+            set_state(generator, state)
+
+
+def _asked(loader: Any) -> Any:
+    """What gives the order: a user's batch sampler, or the sampler that torchdata's makes batches of.
+
+    Where Lightning has made that one anew for several processes, the loader's own sampler is not asked.
+    """
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None:
+        return loader.sampler
+    return batch_sampler.sampler if type(batch_sampler).__module__.startswith("torchdata.") else batch_sampler
+
+
+def _copied(sampler: Any) -> Any:
+    """A sampler that counts its iterators must not count those made to see what it gives."""
+    again = copy.copy(sampler)
+    if hasattr(again, "sampler"):
+        again.sampler = copy.copy(again.sampler)
+    return again
+
+
+def _drawn(sampler: Any, seed: int) -> list[Any]:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    drawn = itertools.islice(iter(sampler), _INDICES_COMPARED)
+    return [index.tolist() if hasattr(index, "tolist") else index for index in drawn]
+
+
+def capture_counts(trainer: Trainer) -> dict[str, dict[str, int]]:
+    """The whole numbers that samplers and data sets of the user's own classes keep in this process, by place.
+
+    Lightning's epoch is not one of them, nor what has a state that a loader saves.
+    """
+    return {
+        place: {name: value for name, value in vars(owner).items() if type(value) is int and name != "epoch"}
+        for place, owner in _counting(trainer)
+    }
+
+
+def _counting(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    for number, loader in enumerate(_loaders(trainer.fit_loop)):
+        for place in ("sampler", "batch_sampler", "dataset"):
+            if _may_count(loader, owner := getattr(loader, place, None)):
+                yield f"{number}.{place}", owner
+
+
+def _may_count(loader: Any, owner: Any) -> bool:
+    is_users = type(owner).__module__.partition(".")[0] not in _NOT_THE_USERS and hasattr(owner, "__dict__")
+    return is_users and not keeps_its_position(loader) and not (has_state(loader) and has_state(owner))
+
+
+def _other_counts(then: dict[str, dict[str, int]], trainer: Trainer) -> Iterator[str]:
+    for place, owner in _counting(trainer):
+        for name, value in then.get(place, {}).items():
+            now = getattr(owner, name, value)
+            if now != value:
+                what = f"{_name(owner)}.{name} is {now} and was {value}"
+                yield f"{what}; if rows or their order depend on it they differ"
+
+
+def _loaders(loop: Any) -> list[Any]:
+    return list(loop._combined_loader.flattened) if loop._combined_loader is not None else []
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
