@@ -154,6 +154,12 @@ def test_a_fault_is_told(fault: str, tmp_path: Path) -> None:
     assert report.verdict is expected, report.findings
 
 
+def test_a_schedule_that_is_over_is_said_to_have_ended_where_it_did(tmp_path: Path) -> None:
+    run(tmp_path, Scheduled(lambda o: schedules.CosineAnnealingLR(o, 4)))
+    message = said(verify_checkpoint(tmp_path / "step=7.ckpt"), "CK505", "info")
+    assert "CosineAnnealingLR reached its end at step 4, and the run goes on to 15" in message
+
+
 class ByFractions(Scheduled):
     """Warm restarts every 2 or so epochs, put to a fraction of an epoch after each batch as torch's page shows it."""
 

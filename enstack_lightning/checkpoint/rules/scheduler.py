@@ -25,6 +25,7 @@ _COMES_BACK = {
     "CosineAnnealingLR": "the rate rises again after it",
     "PolynomialLR": "the rate stays at 0 after it",
 }
+_LENGTH = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters"}
 _SAVED_FIRST = "the next rate is the saved one, and the rate jumps after it."
 _DISAGREES = (
     "Expected if a callback or optimizer_step sets the rate by hand; else use a checkpoint in which both agree: the "
@@ -359,21 +360,27 @@ def schedule_exhausted(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield from _ends_before_its_schedule(scheduler, left, facts)
         if scheduler.total_steps:
             yield from _one_cycle_left(scheduler, left)
-        elif left and scheduler.curve and scheduler.kind in _COMES_BACK and scheduler.last_epoch is not None:
-            end = scheduler.curve[-1][0]
-            if scheduler.last_epoch + left > end + 1:
+        elif left and scheduler.kind in _LENGTH and scheduler.last_epoch is not None:
+            end = _last_step(scheduler)
+            if end is not None and scheduler.last_epoch + left > end + 1:
+                reaches = "reached" if scheduler.last_epoch > end else "reaches"
                 yield info(
-                    f"{scheduler.kind} reaches its end at step {end:,}, and the run goes on to "
+                    f"{scheduler.kind} {reaches} its end at step {end:,}, and the run goes on to "
                     f"{scheduler.last_epoch + left:,}: {_COMES_BACK[scheduler.kind]}",
                     "scheduler",
                 )
 
 
+def _last_step(scheduler: SchedulerFacts) -> int | None:
+    """The last step of a schedule that comes down once, however far beyond it the scheduler stands."""
+    length = scheduler.options.get(_LENGTH.get(scheduler.kind or "", ""))
+    return length if isinstance(length, int) else None
+
+
 def _ends_before_its_schedule(scheduler: SchedulerFacts, left: int | None, facts: Facts) -> Iterator[Outcome]:
     """What a run leaves of its schedule that has fewer steps than the one that saved."""
     before = facts.saved.run.total_steps if facts.saved is not None else None
-    curve = scheduler.curve if scheduler.kind in _COMES_BACK else ()
-    end = scheduler.total_steps or (curve[-1][0] if curve else None)
+    end = scheduler.total_steps or _last_step(scheduler)
     if left is None or end is None or scheduler.last_epoch is None or before in (None, facts.run.total_steps):
         return
     ahead = end - scheduler.last_epoch
