@@ -15,16 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enstack_lightning.checkpoint import find_last_good
+from enstack_lightning.cli.output import WrongCallError
 from enstack_lightning.errors import CheckpointError, EnStackError
 
 DEMO_SECONDS = 300
 _MADE = ("checkpoints", "ledger", "logs")
+_MARK = ".enstack-demo"
+_MARKED = "enstack demo made this folder, and removes the run in it when it is called again\n"
 _POLL_SECONDS = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `enstack demo`; the status is 0 only if every step did what it must."""
     arguments = _parser().parse_args(argv[1:])
+    if not arguments.folder:
+        raise WrongCallError("--folder names no folder; is a variable of the script unset?")
     config, folder = Path(arguments.config), Path(arguments.folder)
     if not config.is_file():
         raise EnStackError(f"{config} does not exist; run the demo from the root of the project, or name --config")
@@ -98,12 +103,25 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier demo left, and nothing else."""
-    if folder.exists():
-        if any(entry.name not in _MADE for entry in folder.iterdir()):
-            raise EnStackError(f"{folder} holds more than an earlier demo's run; name an empty folder by --folder")
-        for name in _MADE:
-            shutil.rmtree(folder / name, ignore_errors=True)
+    """Removes what an earlier demo left, which it marked before it made anything, and nothing else.
+
+    Raises:
+        WrongCallError: the folder is not the demo's.
+    """
+    mark = folder / _MARK
+    try:
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        if names and not (names <= {*_MADE, _MARK} and mark.is_file() and mark.read_bytes() == _MARKED.encode()):
+            raise WrongCallError(
+                f"{folder} holds what no earlier demo left, and nothing in it was touched; name an empty or new folder "
+                "by --folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(_MARKED, encoding="utf-8")
+    except OSError as e:
+        raise WrongCallError(f"--folder {folder} cannot be used: {e.strerror or e}") from e
+    for name in _MADE:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _say(title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,25 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # the reader of a pipe has seen enough, as `| head` does
         status = EXIT_FAILED
-    return status if _is_written() else EXIT_FAILED
+    return _what_is_left_written() or status
 
 
-def _is_written() -> bool:
-    """Whether standard output takes the rest of what was written to it; what it does not take would fail again."""
+def _what_is_left_written() -> int:
+    """Lets standard output take the rest of what was written to it: 0, or the status where it does not.
+
+    What it does not take would fail again when Python ends.
+    """
     try:
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except OSError as e:
-        if not isinstance(e, BrokenPipeError):
-            print(f"enstack: standard output cannot be written: {e.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+        if isinstance(e, BrokenPipeError):
+            return EXIT_FAILED
+        print(f"enstack: standard output cannot be written: {e.strerror}", file=sys.stderr)
+        return EXIT_WRONG_CALL
+    return 0
 
 
 def _run(arguments: list[str]) -> int:
     from enstack_lightning.checkpoint.rendering.plain import printable
-    from enstack_lightning.cli.output import say
+    from enstack_lightning.cli.output import StandardOutputError, WrongCallError, say
 
     name = arguments[0] if arguments else "--help"
     command = f"enstack {name}" if name in COMMANDS else "enstack"
@@ -80,8 +85,9 @@ def _run(arguments: list[str]) -> int:
             return EXIT_WRONG_CALL
         return int(import_module(COMMANDS[name].module).main(arguments))
     except EnStackError as e:
-        print(f"{command}: {printable(str(e))}", file=sys.stderr)
-        return EXIT_FAILED
+        lines = map(printable, re.split(r"\n(?=  )", str(e)))  # a list has its entries indented
+        print(f"{command}: {chr(10).join(lines)}", file=sys.stderr)
+        return EXIT_WRONG_CALL if isinstance(e, (WrongCallError, StandardOutputError)) else EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -6,16 +6,28 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from enstack_lightning.checkpoint.location import LocalLocation
+from enstack_lightning.checkpoint.manifest import manifest_path
+from enstack_lightning.checkpoint.readers.content import ContentKind, content_of
 from enstack_lightning.checkpoint.rendering.text import PLAIN, Style
+from enstack_lightning.checkpoint.source import ContainerDefectError
 from enstack_lightning.errors import EnStackError
+
+
+class WrongCallError(EnStackError):
+    """The command line asks for what cannot or must not be done; nothing was done, and the status is 2."""
 
 
 class OutputError(EnStackError):
     """A report cannot be written where it was wanted."""
+
+
+class StandardOutputError(OutputError):
+    """Standard output takes no more; the status is 2, so that nobody takes what is missing for a verdict."""
 
 
 class Output:
@@ -39,7 +51,8 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as e:
-            raise OutputError(f"{self._name} cannot be written: {e.strerror}") from e
+            error = StandardOutputError if self._stream is sys.stdout else OutputError
+            raise error(f"{self._name} cannot be written: {e.strerror}") from e
 
     @property
     def _ascii(self) -> bool:
@@ -79,6 +92,37 @@ def output_to(path: str | None) -> Iterator[Output]:
         raise OutputError(f"{path} cannot be written: {e.strerror or e}") from e
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse_to_replace(path: str | None, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Nothing, where `--output` may be written: a report may take the place of an earlier one, and of nothing else.
+
+    Args:
+        path: the value of `--output`, if there is one.
+        inputs: what the command reads.
+
+    Raises:
+        WrongCallError: there stands what the command reads, or a checkpoint.
+    """
+    target = Path(path or "")
+    if not path or not target.is_file():
+        return
+    for given in inputs:
+        with contextlib.suppress(OSError, ValueError):  # a URL, or nothing
+            if target.samefile(given):
+                raise WrongCallError(f"--output {path} would replace what is read, {given}; name another file")
+    if _is_checkpoint(target):
+        raise WrongCallError(f"--output {path} would replace a checkpoint; name another file")
+
+
+def _is_checkpoint(file: Path) -> bool:
+    try:
+        if manifest_path(file).is_file():
+            return True
+        with LocalLocation(file).open() as source:
+            return content_of(source).kind is not ContentKind.OTHER
+    except (OSError, ContainerDefectError):
+        return False
 
 
 def say(text: str) -> None:

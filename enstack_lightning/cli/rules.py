@@ -16,6 +16,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv[1:])
     rules = sorted(RULES.values(), key=lambda rule: rule.code)
     for wanted in arguments.codes:
+        if not wanted.strip():
+            print("enstack rules: CODE names no rule; is a variable of the script unset?", file=sys.stderr)
+            return 2
         if not any(rule.code.startswith(wanted.upper()) for rule in rules):
             print(f"enstack rules: there is no rule {printable(wanted)}; `enstack rules` lists them", file=sys.stderr)
             return 2

@@ -6,6 +6,7 @@ trained with becomes the defaults, below the config file and the command line; t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
 import lightning
@@ -28,12 +29,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from enstack_lightning.checkpoint import Report
+from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
+from enstack_lightning.cli.output import refuse_to_replace
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.cli.rank_zero import forget_what_was_told, told_by_rank_zero
 from enstack_lightning.cli.start import newest_in, usable, whats_done
 from enstack_lightning.data import VulnerabilityDataModule
+from enstack_lightning.data.splits import Split, split_file
 from enstack_lightning.errors import CheckpointError, EnStackError
 from enstack_lightning.guard import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.guard.ledger import SampleLedger
@@ -41,6 +45,10 @@ from enstack_lightning.model import VulnerabilityClassifier
 
 DEFAULT_SEED = 42
 _LINKED = {"model": {"vocab_size"}, "data": {"num_labels"}}
+_CKPT_PATH_HELP = (
+    "path of the checkpoint, or of an EnStack folder, that {does}; auto: the newest good one of the run's folder{none}"
+    "; last, best and hpc are Lightning's"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,6 +93,17 @@ def data_path_spelled_out(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with a command line and where its options are listed, instead of listing them all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        print("\n".join(map(printable, f"{prog}: {message}".splitlines())), file=sys.stderr)
+        self.exit(2, f"{prog} --help lists the options\n")
+
+
 class _SaveConfigOfTraining(SaveConfigCallback):
     """Leaves what the run was trained with as it is when it is evaluated into the same folder."""
 
@@ -122,6 +141,7 @@ class EnStackCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 # Otherwise `hyper_parameters` names a function for load_from_checkpoint to import.
                 load_from_checkpoint_support=False,
+                parser_class=_Parser,
                 parser_kwargs={"prog": "enstack", "description": "Fine-tunes a code encoder, safely."},
             )
         finally:
@@ -154,6 +174,13 @@ class EnStackCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        checkpoint = next(action for action in parser._actions if action.dest == "ckpt_path")
+        does, none = (
+            ("training goes on from", ", or a fresh start where there is none")
+            if subcommand == "fit"
+            else (f"{subcommand} takes the weights from", "")
+        )
+        checkpoint.help = _CKPT_PATH_HELP.format(does=does, none=none)
         if subcommand == "predict":
             parser.add_argument("--output", default="predictions.jsonl", help="JSON Lines file for the predictions")
             parser.set_defaults({"return_predictions": False})
@@ -162,6 +189,8 @@ class EnStackCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         subcommand = self.config.subcommand
+        if subcommand == "predict":
+            refuse_to_replace(self.config.predict.output, _files_read(self.config.predict))
         path = self.config[subcommand].get("ckpt_path")
         if path == "":
             raise CheckpointError("--ckpt_path names no checkpoint; is a variable of the script unset?")
@@ -318,6 +347,17 @@ def _is_rank_zero() -> bool:
 def _has_tokenizer(entries: Mapping[str, Any], config: Any) -> bool:
     held = entries.get(VulnerabilityDataModule.__qualname__) or {}
     return bool(config.data.tokenizer or held.get("tokenizer_json") or config.model.pretrained)
+
+
+def _files_read(config: Any) -> list[str | Path]:
+    """The files that a prediction reads, and those of the other splits beside them."""
+    found: list[str | Path] = [config.ckpt_path] if config.ckpt_path else []
+    found += [str(path) for path in config.get("config") or []]
+    given: dict[Split, str | None] = {split: config.data[f"{split}_file"] for split in get_args(Split)}
+    for split in given:
+        with contextlib.suppress(EnStackError):  # it is not there
+            found.append(split_file(split, Path(config.data.path) if config.data.path else None, given))
+    return found
 
 
 def _folder_of_run(config: Any) -> str:

@@ -24,7 +24,7 @@ from enstack_lightning.checkpoint import (
 from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.checkpoint.rendering.text import Tally, to_brief, to_line
-from enstack_lightning.cli.output import Output, OutputError, output_to
+from enstack_lightning.cli.output import Output, OutputError, WrongCallError, output_to, refuse_to_replace
 from enstack_lightning.cli.progress import ProgressBar, bytes_to_read, wants_progress
 from enstack_lightning.errors import CheckpointError
 
@@ -69,21 +69,18 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv[1:])
     try:
         options = _options(arguments)
+        paths = list(dict.fromkeys(_checkpoints_at(arguments.paths)))
+        refuse_to_replace(arguments.output, [*paths, *([arguments.config] if arguments.config else [])])
     except WrongCallError as e:
         return _wrong_call(str(e))
     try:
         with output_to(arguments.output) as output:
-            paths = list(dict.fromkeys(_checkpoints_at(arguments.paths)))
             batch = Batch(paths, options, arguments.strict, _progress(paths, arguments))
             return 0 if _WRITERS[arguments.format](batch, output, arguments) else EXIT_FAILED
     except OutputError as e:
         if arguments.output is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in it would fail again
         return _wrong_call(str(e))
-
-
-class WrongCallError(Exception):
-    """The command line asks for what cannot be done."""
 
 
 def _wrong_call(message: str) -> int:
@@ -217,6 +214,8 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _codes(option: str, given: Sequence[str]) -> tuple[str, ...]:
     codes = tuple(code for text in given for part in text.split(",") if (code := part.strip().upper()))
+    if any(not text.strip(", ") for text in given):
+        raise WrongCallError(f"{option} names no rule; is a variable of the script unset?")
     for code in codes:
         if not any(known.startswith(code) for known in RULES):
             raise WrongCallError(f"{option} {code}: no rule's code is or begins so; `enstack rules` lists them")

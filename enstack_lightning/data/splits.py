@@ -40,6 +40,8 @@ def split_file(split: Split, folder: Path | None, given: Mapping[Split, str | No
             file = here
         if file.suffix.lower() in PICKLE_SUFFIXES:
             raise DataError(pickle_refusal(file))
+        if file.is_dir():
+            raise DataError(f"The {split} file {file} is a folder, not a file.")
         if not file.is_file():
             raise DataError(f"The {split} file {file} does not exist.")
         return file
@@ -70,6 +72,9 @@ def _find(split: Split, folder: Path) -> Path:
         for suffix in PICKLE_SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 raise DataError(pickle_refusal(folder / f"{stem}{suffix}"))
+    for name in names:
+        if (folder / name).is_dir():
+            raise DataError(f"{folder} has no {split} split: {folder / name} is a folder, not a file.")
     stems, suffixes = "|".join(_STEMS[split]), "|".join(SUFFIXES)
     stems = f"({stems})" if "|" in stems else stems
     raise DataError(

@@ -80,7 +80,10 @@ def test_only_bad_checkpoints_are_an_error(
     for path in (run / "checkpoints").glob("*.ckpt"):
         truncate(path, 3_000)
     assert main(call_of(started, run, 2)) == 1
-    assert "can be resumed from. Tried: (1) checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "start anew:\n  (1) checkpoint" in said
+    assert "\n  (2) checkpoint" in said
+    assert ".." not in said
     for path in (run / "checkpoints").glob("*.ckpt"):
         path.rename(f"{path}.corrupt")
     assert main(call_of(started, run, 2)) == 1

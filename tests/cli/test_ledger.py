@@ -108,6 +108,14 @@ def test_it_imports_no_torch(killed: Path) -> None:
     assert "enstack_lightning" in imported
 
 
+def test_a_full_disk_ends_with_2(killed: Path) -> None:
+    call = [sys.executable, "-m", "enstack_lightning", "ledger", str(killed)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "enstack ledger: standard output cannot be written: No space left on device\n"
+
+
 def test_a_ledger_cut_short_fails(killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(killed / "ledger", tmp_path / "ledger")).parent
     path = run / "ledger" / "start-0001-rank-0.ledger"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,17 +267,65 @@ def test_predictions_took_the_place_of_a_folder_or_a_device(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link", "new.jsonl", "pipe", "run"]
 
 
+def test_predictions_replace_neither_their_input_nor_a_checkpoint(
+    fitted: tuple[Path, list[str]], cache: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"func": "int f(void) { return 1; }", "idx": 1}\n')
+    best = Path(shutil.copy(fitted[0] / "checkpoints" / "best_model.ckpt", tmp_path))
+    other = Path(shutil.copy(best, tmp_path / "other.ckpt"))
+    splits = Path(shutil.copytree(data, tmp_path / "data"))
+    config = tmp_path / "predict.yaml"
+    config.write_text(f"data:\n  predict_file: {new}\n")
+    call = ["predict", "--ckpt_path", str(best), "--data.cache_dir", str(cache), "--trainer.accelerator", "cpu"]
+    call += ["--trainer.default_root_dir", str(tmp_path / "run"), "--config", str(config)]
+    call += ["--data", str(splits)]
+    train = next(splits.glob("train.*"))
+    for output in (new, best, other, config, train):
+        before = output.read_bytes()
+        assert main([*call, "--output", str(output)]) == 2
+        assert f"--output {output} would replace" in one_sentence(capsys.readouterr().err)
+        assert output.read_bytes() == before
+    assert not (tmp_path / "run").exists()
+    assert main([*call, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert main([*call, "--output", str(tmp_path / "out.jsonl")]) == 0
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_random_weights_are_not_evaluated(command: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, *options]) == 1
     assert "no --ckpt_path is given" in one_sentence(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("extra", [["--model.hidden_size", "many"], ["--nope"], ["--config", "nowhere.yaml"]])
-def test_an_option_that_cannot_be_parsed_ends_with_2(extra: list[str], options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--model.hidden_size", "many"], "hidden_size"),
+        (["--nope"], "unrecognized arguments: --nope"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_an_option_that_cannot_be_parsed_ends_with_2(
+    extra: list[str], says: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", *options, *extra])
     assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("enstack fit: ")
+    assert said.endswith("\nenstack fit --help lists the options\n")
+    assert says in said
+    assert len(said.splitlines()) < 10
+
+
+def test_the_help_says_what_auto_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, says in (
+        ("fit", "or a fresh start where there is none"),
+        ("predict", "takes the weights from; auto:"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert says in " ".join(capsys.readouterr().out.split())
 
 
 # Pretrained encoders

@@ -136,6 +136,12 @@ def test_missing_folders_files_and_splits_are_named(tmp_path: Path, module: Modu
         module(tmp_path, train_file="mine.jsonl").setup("fit")
     with pytest.raises(DataError, match="unknown format"):
         module(tmp_path, train_file="notes.txt").setup("fit")
+    (tmp_path / "train.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"has no train split: .*train\.jsonl is a folder, not a file"):
+        module(tmp_path).setup("fit")
+    with pytest.raises(DataError, match=r"The train file .*train\.jsonl is a folder, not a file"):
+        module(tmp_path, train_file="train.jsonl").setup("fit")
+    (tmp_path / "train.jsonl").rmdir()
     write_jsonl(tmp_path / "train.jsonl", [GOOD])
     write_csv(tmp_path / "train.csv", [GOOD])
     with pytest.raises(DataError, match=r"2 files for the train split .*name one by train_file"):

@@ -323,7 +323,9 @@ def test_none_good_ends_the_run_with_what_was_tried_and_renames_nothing(
     before = names(run)
     with pytest.raises(CheckpointGuardError) as ended:
         resume(run / "step=7.ckpt", tmp_path, fallback())
-    assert re.search(r"no checkpoint in .*Tried: \(1\).*step=7.*\(2\).*step=3.*\(3\).*step=5", str(ended.value))
+    assert re.fullmatch(
+        r"no checkpoint in .*:\n  \(1\).*step=7.*\n  \(2\).*step=3.*\n  \(3\).*step=5.*", str(ended.value)
+    )
     assert names(run) == before
     assert not loads
 

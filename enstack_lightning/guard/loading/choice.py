@@ -66,7 +66,9 @@ def choose(path: str, verify: Verify, fallback: Fallback = "none", strict: bool 
     good = newest_good(report for report in others if report.accepted(strict))
     if good is None:
         folder = locate(path).parent
-        raise CheckpointGuardError(f"no checkpoint in {folder} can be resumed from. Tried: {_listed(refused, strict)}")
+        raise CheckpointGuardError(
+            f"no checkpoint in {folder} can be resumed from:{_lines(_refusals(refused, strict))}"
+        )
     return Choice(good.path, good, path, refused)
 
 
@@ -81,11 +83,10 @@ def choose_newest(folders: Iterable[str | os.PathLike[str]], verify: Verify, str
     good = newest_good(report for report in reports if report.accepted(strict))
     aside = [str(place.child(name)) for place in places for name in _names(place) if _is_set_aside(name)]
     if good is None and (reports or aside):
-        tried = [_listed(reports, strict)] if reports else []
-        tried += [f"{path} was set aside" for path in aside]
+        tried = [*_refusals(reports, strict), *(f"{path} was set aside" for path in aside)]
         raise CheckpointError(
-            f"no checkpoint in {', '.join(map(str, places))} can be resumed from. Tried: {'; '.join(tried)}. "
-            "Name another checkpoint, or move these away to start anew."
+            f"no checkpoint in {', '.join(map(str, places))} can be resumed from. Name another, or move these away to "
+            f"start anew:{_lines(tried)}"
         )
     return good
 
@@ -147,7 +148,7 @@ def what_it_costs(choice: Choice, moved: dict[str, str], strict: bool) -> str:
     renamed = "; ".join(f"{old} is now {new}" for old, new in moved.items()) or "nothing was renamed"
     return (
         f"CheckpointGuard: loading {choice.path} instead of {choice.asked}. {cost}. "
-        f"Refused: {_listed(choice.refused, strict).rstrip('.')}. Set aside: {renamed}."
+        f"Refused: {'; '.join(_refusals(choice.refused, strict)).rstrip('.')}. Set aside: {renamed}."
     )
 
 
@@ -169,8 +170,13 @@ def _is_set_aside(name: str) -> bool:
     return name.endswith(SET_ASIDE_SUFFIXES)
 
 
-def _listed(reports: Sequence[Report], strict: bool) -> str:
-    return "; ".join(f"({i}) {why_refused(report, strict)}" for i, report in enumerate(reports, start=1))
+def _refusals(reports: Sequence[Report], strict: bool) -> list[str]:
+    return [f"({i}) {why_refused(report, strict)}" for i, report in enumerate(reports, start=1)]
+
+
+def _lines(entries: Iterable[str]) -> str:
+    """Each entry on a line of its own, whatever is in it, indented."""
+    return "".join(f"\n  {entry.replace(chr(10), ' ')}" for entry in entries)
 
 
 def _is_damaged(report: Report) -> bool:
