@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -63,6 +65,8 @@ from enstack_lightning.guard.restart.loader_position import (
     stop_keeping_random_state_of_workers,
 )
 from enstack_lightning.guard.restart.loops import ExactRestart, exact_restart
+from enstack_lightning.guard.restart.module_state import convert_before_loading, sets_up_at_start
+from enstack_lightning.guard.restart.part_gradients import watch_steps
 from enstack_lightning.guard.restart.resume_state import capture_resume_state
 from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO, guard_checkpoint_io, remove_all_leftovers
 from enstack_lightning.guard.training.health import Health
@@ -176,10 +180,12 @@ class CheckpointGuard(Callback):
         self._run: RunFacts | None = None
         self._trainer: Trainer | None = None
         self._restart: ExactRestart | None = None
+        self._stop_watching_steps: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one Trainer stays with it, and is made anew for the Trainer of a copy.
-        return vars(self) | {"_checkpoint_io": None, "_trainer": None, "_restart": None, "_health": self._health.anew()}
+        of_one = dict.fromkeys(("_checkpoint_io", "_trainer", "_restart", "_stop_watching_steps"))
+        return vars(self) | of_one | {"_health": self._health.anew()}
 
     # Before loading
 
@@ -196,7 +202,7 @@ class CheckpointGuard(Callback):
             trainer.strategy, partial(self._verify_file, trainer), self._options, self.verify_after_save
         )
         self._decision = Decision(None)
-        guard_loading(trainer, lambda path: self._judge(trainer, path), self._accept)
+        guard_loading(trainer, lambda path: self._judge(trainer, path), partial(self._accept, trainer))
 
     def _judge(self, trainer: Trainer, asked: str) -> Decision:
         """Which checkpoint is loaded; called on rank 0 only."""
@@ -219,8 +225,10 @@ class CheckpointGuard(Callback):
         rank_zero_warn(what_it_costs(choice, moved, self.strict))
         return Decision(choice.path, choice.report, moved)
 
-    def _accept(self, decision: Decision) -> None:
+    def _accept(self, trainer: Trainer, decision: Decision) -> None:
         self._decision = decision
+        if decision.path is not None:
+            convert_before_loading(trainer)
         self.report = decision.report or self.report
         if self._checkpoint_io is not None:
             self._checkpoint_io.resumed_from = decision.path
@@ -243,7 +251,9 @@ class CheckpointGuard(Callback):
     def _forget_restart(self) -> None:
         if self._restart is not None:
             self._restart.uninstall()
-        self._restart = None
+        if self._stop_watching_steps is not None:
+            self._stop_watching_steps()
+        self._restart = self._stop_watching_steps = None
 
     # After loading
 
@@ -294,6 +304,7 @@ class CheckpointGuard(Callback):
             self._loaded = dataclasses.replace(self._loaded, loader_position=False)
         self._run = run_of(trainer, self._given)
         self._health.start(trainer, self._checkpoint_io)
+        self._stop_watching_steps = watch_steps(trainer)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded
@@ -307,13 +318,23 @@ class CheckpointGuard(Callback):
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
-        lost = lost_guarantees(self.report, self._restart, trainer)
-        for line in resume_lines(self.report, *rates, lost):
-            rank_zero_info(line)
+        if self._restart is not None and sets_up_at_start(pl_module) and self.report.accepted(self.strict):
+            # What the module sets in its own hook, which comes next, is compared with what it held at the save.
+            self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
+        else:
+            self._say_what_is_resumed(trainer, self.report, *rates)
         self._stop_everywhere_if_refused(trainer, self.report)
         log_scalars(trainer, resume_scalars(self.report, *rates))
         for finding in self.report.of(Severity.WARNING):
             rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
+
+    def _say_what_is_resumed(
+        self, trainer: Trainer, report: Report, before: tuple[float, ...], after: tuple[float, ...]
+    ) -> None:
+        with self._restart.explained() if self._restart is not None else nullcontext():
+            lost = lost_guarantees(report, self._restart, trainer)
+        for line in resume_lines(report, before, after, lost):
+            rank_zero_info(line)
 
     # While training
 

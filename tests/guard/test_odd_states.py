@@ -51,6 +51,9 @@ ODD: dict[str, Callable[[dict[str, Any]], object]] = {
         result["meta"].update(reduce_fx="eval", builtin=True) for result in of_rank(c)["epoch"]["results"].values()
     ],
     "gradients of another shape": lambda c: of_rank(c).update(gradients={"network.0.weight": torch.ones(99)}),
+    "a number for the module": lambda c: of_guard(c)["resume"].update(module=5),
+    "a number for the module's layers": lambda c: of_guard(c)["resume"]["module"].update(evaluating=5),
+    "a number for the module's attributes": lambda c: of_guard(c)["resume"]["module"].update(numbers=5),
     "a number for the workers": lambda c: of_guard(c)["resume"].update(validation_workers=3),
 }
 

@@ -7,12 +7,16 @@ since. States are kept as tensors and numbers under the names that the module gi
 from __future__ import annotations
 
 import builtins
+import dis
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from enstack_lightning.guard.restart.module_state import plain
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -32,6 +36,8 @@ _PLAIN_META = (
     "dataloader_idx",
     "metric_attribute",
 )
+_FEW = 1_000
+"""Elements of a tensor that a metric may hold beside its states."""
 
 
 def capture_epoch_state(trainer: Trainer) -> dict[str, Any]:
@@ -163,8 +169,13 @@ def _fill(result: _ResultMetric, saved: dict[str, Any], device: torch.device) ->
 def _metrics_of_training(trainer: Trainer) -> Iterator[tuple[str, Metric]]:
     validated = {id(r.value) for r in trainer.fit_loop.epoch_loop.val_loop._results.values() if not r.is_tensor}
     for name, metric in _metrics_by_name(trainer.lightning_module).items():
-        if metric._update_count > 0 and id(metric) not in validated and _is_of_tensors(metric):
+        if _has_begun(metric) and id(metric) not in validated and _is_of_tensors(metric):
             yield name, metric
+
+
+def _has_begun(metric: Metric) -> bool:
+    """Wrappers count no updates; a running one counts its values, and one of extremes has tensors."""
+    return metric._update_count > 0 or any(isinstance(v, Tensor) or v for v in _beside_the_states(metric).values())
 
 
 def _is_of_tensors(metric: Metric) -> bool:
@@ -188,13 +199,36 @@ def _metric_state(metric: Metric) -> dict[str, Any]:
     return {
         "updates": metric._update_count,
         "step_value": cache.detach() if isinstance(cache, Tensor) else None,
+        "beside": _beside_the_states(metric),
         "states": {
             name: s.detach() if isinstance(s, Tensor) else [t.detach() for t in s] for name, s in states.items()
         },
     }
 
 
+def _beside_the_states(metric: Metric) -> dict[str, Any]:
+    held = {n: vars(metric)[n] for n in _set_by_methods(type(metric)) - metric._defaults.keys() if n in vars(metric)}
+    small = {n: v.detach() for n, v in held.items() if isinstance(v, Tensor) and v.numel() <= _FEW}
+    return small | {n: plain(v) for n, v in held.items() if isinstance(v, bool | int | float)}
+
+
+@cache
+def _set_by_methods(kind: type[Metric]) -> frozenset[str]:
+    """Attributes beside the states that a metric's own methods set, such as how many values a running one has seen.
+
+    What only its constructor sets is how it is configured, and may be another thing in the run that resumes.
+    """
+    from torchmetrics import Metric
+
+    own = kind.__mro__[: kind.__mro__.index(Metric)]
+    methods = [f.__code__ for k in own for n, f in vars(k).items() if n != "__init__" and hasattr(f, "__code__")]
+    stored = {i.argval for code in methods for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
+    return frozenset(stored - {"_computed", "_forward_cache", "_update_count"})
+
+
 def _restore_metric(metric: Metric, saved: dict[str, Any]) -> None:
+    for name, value in saved.get("beside", {}).items():
+        setattr(metric, name, _on(metric.device, value))
     for name, state in saved["states"].items():
         if name in metric._defaults:
             setattr(metric, name, _on(metric.device, state))

@@ -9,6 +9,7 @@ import torch
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
 from enstack_lightning.guard.restart.lost_by_loaders import lost_by_loaders
+from enstack_lightning.guard.restart.module_state import lost_by_module
 from enstack_lightning.guard.restart.plain_order import drawn_anew
 from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
 
@@ -28,6 +29,7 @@ _LOST = {
     "CK913": "the parameters are others",
     "CK915": "another version of torch or Lightning may compute otherwise",
     "CK916": "a state was dropped",
+    "CK917": "other layers are frozen as it starts than at the save, unless a hook of the run sets that",
 }
 """By the rule that found it."""
 _NO_POSITION = "loader's position is not in the checkpoint"
@@ -58,6 +60,8 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
     if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
         lost.append(said)
     lost += lost_by_loaders(trainer, restart)
+    if restart is not None:
+        lost += lost_by_module(trainer, restart.resume.get("module"))
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import give_first
 from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
+from enstack_lightning.guard.restart.module_state import restore_modes, skip_sanity_check
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
@@ -84,6 +85,9 @@ class ExactRestart:
         self.point = self.resume.get("point", "elsewhere")
         self.batch_size = (state.get("run") or {}).get("batch_size")
         self._give_searches_back: Callable[[], None] = lambda: None
+        self._give_sanity_check_back: Callable[[], None] = lambda: None
+        self.when_restored: Callable[[], None] | None = None
+        """Called once, when everything is as it was at the save."""
         self._load_states: Callable[[], None] | None = None
         self.has_order = any(rank.get("order") for rank in ranks)
         """Whether the checkpoint holds the order of a plain loader."""
@@ -113,11 +117,17 @@ class ExactRestart:
         _once(loop, "on_run_start", self._on_run_start)
         if self.point in _IN_EPOCH:
             _once(loop.epoch_loop, "advance", self._advance)
+        if self.point != "elsewhere":
+            self._give_sanity_check_back = skip_sanity_check(self.trainer)
         if self._reloads and self.trainer.reload_dataloaders_every_n_epochs:
             for owner, epoch in zip((loop, loop.epoch_loop.val_loop), self._reloads, strict=True):
                 self._make_loaders_as_in(owner, epoch)
         self._give_searches_back = skip_searches(self.trainer, self.batch_size)
         self._prepare_the_loader()
+
+    def explained(self) -> AbstractContextManager[None]:
+        """For what is done with the guard's state elsewhere: what goes wrong there ends in a sentence as well."""
+        return _explained(self.trainer)
 
     def uninstall(self) -> None:
         """Gives the loops their own methods back."""
@@ -128,6 +138,7 @@ class ExactRestart:
             for name in names:
                 vars(owner).pop(name, None)
         self._give_searches_back()
+        self._give_sanity_check_back()
 
     # In the order in which they are called
 
@@ -159,6 +170,7 @@ class ExactRestart:
 
     def _on_run_start(self) -> None:
         loop = self.trainer.fit_loop
+        self._give_sanity_check_back()
         with _explained(self.trainer):
             restore_frozen(self.trainer, self.resume.get("frozen"))
         loop.on_run_start()
@@ -169,6 +181,8 @@ class ExactRestart:
         has_epoch = bool(self.mine.get("epoch"))
         with _explained(self.trainer):
             self._restore_all()
+        if self.when_restored is not None:
+            self.when_restored()
         self.mine, self.loader_states = {}, None  # gradients are as large as the model
         if self.point == "epoch_end" and has_epoch:
             self._end_epoch()
@@ -183,6 +197,7 @@ class ExactRestart:
         restore_generators(self.trainer, self.mine.get("generators", {}))
         if self.mine.get("epoch"):
             restore_epoch_state(self.trainer, self.mine["epoch"])
+        restore_modes(self.trainer, self.resume.get("module"))
         self._restore_gradients()
         self._restore_statistics()
         if self.mine.get("random_state"):

@@ -1,11 +1,13 @@
-"""Gradients of an accumulation window that a checkpoint was saved inside.
+"""Gradients that wait for a later step when a checkpoint is saved: of an accumulation window that it was saved inside.
 
 Lightning saves no gradients, so that after a resume the window would be stepped with those of its last batches only.
+Under manual optimization the module alone knows its windows; there, gradients wait that no step has used yet.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,17 +17,62 @@ if TYPE_CHECKING:
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies that keep every parameter whole in each process."""
 
+_IN_EPOCH = ("batch_end", "validation_end", "after_batch")
 
-def inside_a_window(trainer: Trainer) -> bool:
-    """Whether gradients are waiting for the rest of their accumulation window, at a batch's end."""
-    return bool(trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
+
+def watch_steps(trainer: Trainer) -> Callable[[], None]:
+    """Under manual optimization lets each step mark the gradients that it has used.
+
+    What a step leaves is cleared by the module before it gathers anew, and need not be saved, being as large as the
+    model.
+
+    Args:
+        trainer: a Trainer that is about to train.
+
+    Returns:
+        Ends the watch.
+    """
+    watched = [] if trainer.lightning_module.automatic_optimization else trainer.optimizers
+    handles = [o.register_step_post_hook(_mark_used) for o in watched if hasattr(o, "register_step_post_hook")]
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop
+
+
+def _mark_used(optimizer: Any, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                gradient._used_at = gradient._version
+
+
+def gradients_wait(trainer: Trainer, point: str) -> bool:
+    """Whether gradients are waiting for a later step, at the moment of a save."""
+    if trainer.lightning_module.automatic_optimization:
+        return point in _IN_EPOCH and trainer.fit_loop._should_accumulate()
+    return point != "elsewhere" and bool(_waiting(trainer))
 
 
 def capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
-    """This process's gradients by parameter name; None where the strategy shards them."""
+    """This process's waiting gradients by parameter name; None where the strategy shards them."""
     if type(trainer.strategy).__name__ not in _WHOLE:
         return None
-    return {n: p.grad.detach() for n, p in trainer.lightning_module.named_parameters() if p.grad is not None}
+    return {name: gradient.detach() for name, gradient in _waiting(trainer).items()}
+
+
+def _waiting(trainer: Trainer) -> dict[str, Tensor]:
+    """Gradients that no step has used as they are: an unused one has no mark, one that grew since has an older one."""
+    module = trainer.lightning_module
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    if module.automatic_optimization:
+        return found
+    stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    mine = {name for name, p in module.named_parameters() if id(p) in stepped}
+    return {n: g for n, g in found.items() if n in mine and getattr(g, "_used_at", None) != g._version}
 
 
 def restore_gradients(trainer: Trainer, gradients: dict[str, Tensor]) -> None:

@@ -19,7 +19,8 @@ from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
 from enstack_lightning.guard.restart.loader_position import capture_generators, capture_reloads, loader_states
 from enstack_lightning.guard.restart.lost_by_loaders import capture_counts
-from enstack_lightning.guard.restart.part_gradients import capture_gradients, inside_a_window
+from enstack_lightning.guard.restart.module_state import capture_module_state
+from enstack_lightning.guard.restart.part_gradients import capture_gradients, gradients_wait
 from enstack_lightning.guard.restart.plain_order import capture_order
 from enstack_lightning.guard.restart.rng import capture_random_state
 from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
@@ -59,7 +60,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "fetched": capture_fetched(trainer),
         "counts": capture_counts(trainer),
     }
-    if point in ("batch_end", "validation_end", "after_batch") and inside_a_window(trainer):
+    if gradients_wait(trainer, point):
         mine["gradients"] = capture_gradients(trainer)
     if trainer.world_size > 1:
         mine["loaders"] = loader_states(trainer)
@@ -75,6 +76,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         ],
         "frozen": capture_frozen(trainer),
         "reloads": capture_reloads(trainer),
+        "module": capture_module_state(trainer, point),
         "ranks": _of_all_ranks(trainer, mine),
     }
     return state

@@ -33,8 +33,14 @@ def begin_epoch_in_callbacks(trainer: Trainer, inside: bool) -> None:
                 _begin_last_pass(trainer, callback, inside)
             elif callback._scheduler_state is not None and trainer.current_epoch <= callback.swa_end:
                 _begin_averaging(trainer, callback)
-        elif inside and (callback is trainer.progress_bar_callback or is_a(callback, "GradientAccumulationScheduler")):
+        elif inside and begins_epoch_anew(trainer, callback):
             callback.on_train_epoch_start(trainer, trainer.lightning_module)
+
+
+def begins_epoch_anew(trainer: Trainer, callback: Any) -> bool:
+    """Whether a callback's `on_train_epoch_start` is called at a restart inside an epoch, as at the epoch's start."""
+    stock = ("GradientAccumulationScheduler", "StochasticWeightAveraging")
+    return callback is trainer.progress_bar_callback or any(is_a(callback, name) for name in stock)
 
 
 def _begin_averaging(trainer: Trainer, callback: Any) -> None:
@@ -140,6 +146,15 @@ def skip_searches(trainer: Trainer, batch_size: object) -> Callable[[], None]:
             vars(callback).pop("on_fit_start", None)
 
     return give_back
+
+
+def found_by_searches(trainer: Trainer) -> set[str]:
+    """Attributes of the module that a search for a learning rate sets: the optimizers have it from the checkpoint."""
+    found: set[str] = set()
+    for callback in _callbacks(trainer):
+        if is_a(callback, "LearningRateFinder"):
+            found |= {"lr", "learning_rate", str(getattr(callback, "_attr_name", ""))}
+    return found
 
 
 class _Skipped:

@@ -1,0 +1,309 @@
+"""What a LightningModule holds beside its state_dict: modes of its layers, plain attributes, and what its hooks do.
+
+Modes are put back. Of attributes a checkpoint keeps nothing that the module does not save itself, and Lightning calls
+no hook twice: here stands what is compared at a resume, so that the resume report can say what the run has lost.
+"""
+
+from __future__ import annotations
+
+import dis
+import math
+import sys
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from enstack_lightning.guard.flavor import is_a, lightning_base
+from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_LARGEST_BUFFER = 4 * 2**20
+"""Bytes of a buffer that are still compared: larger ones, such as masks, are as good as always constants."""
+_LONGEST = 1_000
+"""Entries of a list of numbers whose values are still compared."""
+_OURS = ("lightning.", "pytorch_lightning.", "enstack_lightning.")
+
+
+def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
+    """What the module holds at a save, as names, numbers and checksums.
+
+    Args:
+        trainer: the Trainer whose checkpoint is made.
+        point: the moment of the save.
+
+    Returns:
+        `evaluating`: the names of layers in evaluation mode, None in the middle of a step; `hook`: the module's hook
+        that the save came before, or None; and what `_observed` says of its attributes.
+    """
+    module = trainer.lightning_module
+    known = point != "elsewhere"
+    return {
+        "evaluating": _evaluating(trainer, point) if known else None,
+        "hook": _hook_to_come(module) if known else None,
+        **_observed(module),
+    }
+
+
+# Layers in training or evaluation
+
+
+def _evaluating(trainer: Trainer, point: str) -> list[str]:
+    """Validation puts all layers into evaluation, and keeps what it goes back to."""
+    modes: dict[str, bool] = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if point == "validation_end" else {}
+    layers = trainer.lightning_module.named_modules()
+    return [name for name, layer in layers if not modes.get(name, layer.training)]
+
+
+def restore_modes(trainer: Trainer, saved: Mapping[str, Any] | None) -> None:
+    """Puts layers into training or evaluation as they were: what sets it at an epoch's start is not called again."""
+    evaluating = (saved or {}).get("evaluating")
+    if evaluating is None:
+        return
+    for name, layer in trainer.lightning_module.named_modules():
+        layer.training = name not in evaluating
+
+
+# Before the weights are loaded
+
+
+def convert_before_loading(trainer: Trainer) -> None:
+    """Makes a module double that is going to be: loaded before, weights would be rounded to what it is now."""
+    plugin, strategy = trainer.precision_plugin, trainer.strategy
+    if is_a(plugin, "DoublePrecision") and not strategy.restore_checkpoint_after_setup:
+        plugin.convert_module(trainer.lightning_module)
+
+
+def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
+    """Lets no validation come before a resumed run: it came once, before the first batch of all.
+
+    Returns:
+        Gives the Trainer its setting back.
+    """
+    steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+
+    def give_back() -> None:
+        trainer.num_sanity_val_steps = steps
+
+    return give_back
+
+
+# Attributes
+
+
+def _observed(module: LightningModule) -> dict[str, Any]:
+    """Of the attributes that the module's own code has set.
+
+    Returns:
+        `numbers`; `lengths` of lists and the like; `contents`, checksums of those that hold numbers alone; `updates`
+        of metrics in them, which no state_dict has; `buffers`, checksums of those that are not persistent.
+    """
+    theirs = _names_of_lightning(lightning_base(module, "LightningModule"))
+    own = {n: value for n, value in vars(module).items() if n not in theirs and not n.startswith("_hparams")}
+    filled = {name: value for name, value in own.items() if isinstance(value, list | dict | deque | set)}
+    return {
+        "numbers": {name: plain(value) for name, value in own.items() if isinstance(value, bool | int | float)},
+        "lengths": {name: len(value) for name, value in filled.items()},
+        "contents": {name: s for name, value in filled.items() if (s := _checksum_of_numbers(value)) is not None},
+        "updates": {name: count for name, value in filled.items() if (count := _updates_in(value)) is not None},
+        "buffers": dict(_buffers(module)),
+    }
+
+
+def plain(number: Any) -> Any:
+    """A number as one of Python's own: a checkpoint that is loaded safely holds no NumPy scalar and no enum."""
+    kinds: tuple[type, ...] = (bool, int, float)
+    return next(kind(number) for kind in kinds if isinstance(number, kind))
+
+
+@cache
+def _names_of_lightning(base: Any) -> frozenset[str]:
+    return frozenset(vars(base()))
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _checksum_of_numbers(value: Any) -> int | None:
+    if isinstance(value, set) or len(value) > _LONGEST:
+        return None
+    entries = list(_entries(value))
+    if not all(isinstance(entry, bool | int | float) for entry in entries):
+        return None
+    return zlib.crc32(repr([plain(entry) for entry in entries]).encode())
+
+
+def _updates_in(value: Any) -> int | None:
+    counts = [getattr(entry, "_update_count", None) for entry in _entries(value) if hasattr(entry, "_defaults")]
+    return sum(int(count) for count in counts if count is not None) if counts else None
+
+
+def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
+    for prefix, layer in module.named_modules():
+        for name in layer._non_persistent_buffers_set:
+            tensor = layer._buffers.get(name)
+            if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.nbytes <= _LARGEST_BUFFER:
+                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                yield f"{prefix}.{name}" if prefix else name, zlib.crc32(content)
+
+
+def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
+    """How the module's attributes differ from those that it had at the save; None where they do not."""
+    module, searched = trainer.lightning_module, found_by_searches(trainer)
+    differences = [said for name, said in _differences(module, saved) if name not in searched]
+    if not differences:
+        return None
+    more = f", and {len(differences) - 3:,} more" if len(differences) > 3 else ""
+    return f"{', '.join(differences[:3])}{more}, which no checkpoint keeps"
+
+
+def _differences(module: LightningModule, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    now, held = _observed(module), vars(module)
+    for name, was in saved.get("numbers", {}).items():
+        if not _same(was, now["numbers"].get(name)):
+            yield name, f"self.{name} was {was} and is {_short(held, name)}"
+    for name, was in saved.get("lengths", {}).items():
+        entries = "entry" if was == 1 else "entries"
+        if name not in now["lengths"]:
+            yield name, f"self.{name} had {was:,} {entries} and is {_short(held, name)}"
+        elif now["lengths"][name] != was:
+            yield name, f"self.{name} had {was:,} {entries} and has {now['lengths'][name]:,}"
+        elif any(now[kind].get(name) != saved.get(kind, {}).get(name) for kind in ("contents", "updates")):
+            yield name, f"self.{name} held other values"
+    for name, was in saved.get("buffers", {}).items():
+        if now["buffers"].get(name, was) != was:
+            yield name, f"the buffer {name} held other values"
+
+
+def _same(was: Any, now: Any) -> bool:
+    both = isinstance(was, float) and isinstance(now, float)
+    return bool(was == now) or (both and math.isnan(was) and math.isnan(now))
+
+
+def _short(held: Mapping[str, Any], name: str) -> str:
+    if name not in held:
+        return "not set"
+    value = held[name]
+    return f"{value}" if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
+
+
+# Hooks
+
+
+def _hook_to_come(module: LightningModule) -> str | None:
+    """The module's own hook, where a callback saves in its hook of that name: callbacks are called first.
+
+    Only the stack tells who saves: the module in its own hook, or one of the callbacks that Lightning calls after it.
+    """
+    name = module._current_fx_name
+    if name is None or not _overrides(module, name) or _does_nothing(getattr(module, name)):
+        return None
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        caller = frame.f_code.co_name
+        if (
+            caller in ("_call_callback_hooks", "_call_lightning_module_hook")
+            and frame.f_locals.get("hook_name") == name
+        ):
+            before = caller == "_call_callback_hooks" and frame.f_locals.get("monitoring_callbacks") is not True
+            return name if before else None
+    return None
+
+
+def lost_by_module(trainer: Trainer, saved: Mapping[str, Any] | None) -> list[str]:
+    """Why the module need not go on as it stood at the save, in short sentences.
+
+    Args:
+        trainer: the Trainer, with everything restored.
+        saved: what `capture_module_state` returned; None or empty where nothing is known.
+    """
+    if not saved:
+        return []
+    module = trainer.lightning_module
+    lost = []
+    if hook := saved.get("hook"):
+        lost.append(f"{type(module).__name__}.{hook} was to come after the save, and is not called for it")
+    if trainer.fit_loop.restarted_mid_epoch:
+        lost += [f"{name}.on_train_epoch_start is not called again inside an epoch" for name in _epoch_starts(trainer)]
+    if attributes := attributes_lost(trainer, saved):
+        lost.append(attributes)
+    return lost
+
+
+def sets_up_at_start(module: LightningModule) -> bool:
+    """Whether the module's own code runs when training starts, and may set what is compared."""
+    return _overrides(module, "on_train_start") and not _does_nothing(module.on_train_start)
+
+
+def _epoch_starts(trainer: Trainer) -> Iterator[str]:
+    """Whose hook may have set what holds for the whole epoch, and is kept by none."""
+    hook, module = "on_train_epoch_start", trainer.lightning_module
+    if _overrides(module, hook) and not _is_restored(module, getattr(module, hook)):
+        yield type(module).__name__
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _begins_without_state(callback) and not begins_epoch_anew(trainer, callback):
+            yield type(callback).__name__
+
+
+def _begins_without_state(callback: Any) -> bool:
+    """Whether a callback of the user's own begins epochs, and saves nothing of itself."""
+    begins = _owner(callback, "on_train_epoch_start")
+    own = not begins.__module__.startswith(_OURS) or "on_train_epoch_start" in vars(callback)
+    saves = any(_owner(callback, name).__name__ != "Callback" for name in ("state_dict", "on_save_checkpoint"))
+    return own and not saves and not is_a(callback, "Checkpoint") and not _does_nothing(callback.on_train_epoch_start)
+
+
+def _overrides(module: LightningModule, hook: str) -> bool:
+    base = lightning_base(module, "LightningModule")
+    return getattr(type(module), hook, None) is not getattr(base, hook, None)
+
+
+def _owner(thing: Any, name: str) -> type:
+    return next((kind for kind in type(thing).__mro__ if name in vars(kind)), type(thing))
+
+
+_ON_METRICS = ("reset", "values", "log", "log_dict", "current_epoch", "global_step")
+_ON_LAYERS = ("eval", "train", "modules", "children", "isinstance", "torch", "nn")
+"""What a hook may name whose effect is put back: states of metrics and logged values; modes of layers."""
+_CHANGES = (
+    *("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "STORE_DEREF", "DELETE", "IMPORT"),
+    *("LOAD_DEREF", "LOAD_SUPER", "MAKE_FUNCTION"),  # behind which is code of other functions
+)
+
+
+def _does_nothing(hook: Any) -> bool:
+    """Whether a function's code calls nothing and sets nothing."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and not code.co_names and not code.co_freevars and not _changes(code)
+
+
+def _is_restored(module: LightningModule, hook: Any) -> bool:
+    """Whether a hook's code names nothing but the module's metrics, to reset or log them, or its layers' modes."""
+    code = getattr(hook, "__code__", None)
+    if code is None or _changes(code):
+        return False
+    metrics = (name in _ON_METRICS or _is_of_metrics(getattr(module, name, None)) for name in code.co_names)
+    return all(metrics) or all(name in _ON_LAYERS or _is_layer(module, name) for name in code.co_names)
+
+
+def _changes(code: Any) -> bool:
+    return any(step.opname.startswith(_CHANGES) for step in dis.get_instructions(code))
+
+
+def _is_layer(module: LightningModule, name: str) -> bool:
+    return isinstance(getattr(module, name, None), torch.nn.Module) or isinstance(getattr(torch.nn, name, None), type)
+
+
+def _is_of_metrics(value: Any) -> bool:
+    from torchmetrics import Metric, MetricCollection
+
+    if isinstance(value, torch.nn.ModuleList | torch.nn.ModuleDict) and not isinstance(value, MetricCollection):
+        return all(_is_of_metrics(part) for part in value.children())
+    return isinstance(value, Metric | MetricCollection)
