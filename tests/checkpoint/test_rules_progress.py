@@ -143,6 +143,8 @@ def test_a_plain_loader_says_how_many_batches_are_trained_twice(trained: Path, t
     edit = counter("state_dict", "combined_loader", value=[])
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
     assert "up to 2 of them for the second time" in said(report, "CK305", "warning")
+    (finding,) = [f for f in report.findings if f.code == "CK305"]
+    assert "with shuffle=True or with a sampler that has a state" in finding.hint, "others it cannot restore"
 
 
 @pytest.mark.parametrize("value", [float("nan"), "0.7", True])

@@ -16,6 +16,7 @@ import exact_runs
 import numpy as np
 import pytest
 import torch
+from builders import edited
 from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import (
@@ -148,6 +149,17 @@ class Counting(Stream):
         self.at = state["at"]
 
 
+class CountingShort(Counting):
+    """Ends inside a batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = Rows(False)
+        while self.at < ROWS - 2:
+            self.at += 1
+            yield rows[self.at - 1]
+        self.at = 0
+
+
 class CountingAnew(Counting):
     """Begins anew when an iterator is asked for its first row."""
 
@@ -210,6 +222,30 @@ def test_an_iterable_data_set_without_a_state_resumed_at_every_batch(limit: floa
         path = tmp_path / str(number) / f"batch-{number}.ckpt"
 
 
+def test_a_random_state_that_was_given_to_an_iterable_data_set_is_no_position(tmp_path: Path) -> None:
+    """Checkpoints of before hold one, and torchdata would begin the epoch anew."""
+    loader = stateful(dataset=Stream, num_workers=1)
+    whole = whole_run(tmp_path, loader, (INSIDE,))
+
+    def as_before(checkpoint: dict[str, Any]) -> None:
+        (state,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        for worker in state["_snapshot"]["_worker_snapshots"].values():
+            worker["dataset_state"] = {"python": []}
+
+    path = edited(tmp_path / f"{INSIDE}.ckpt", tmp_path / "before.ckpt", as_before)
+    again, said = resumed(tmp_path / "again", path, loader)
+    assert (differences(whole, again), said) == ([], "bit for bit")
+
+
+def test_a_worker_that_has_come_to_the_end_gives_no_more(tmp_path: Path) -> None:
+    """Its data set is at its beginning again when the last batch is fetched ahead."""
+    loader = stateful(dataset=CountingShort, num_workers=1)
+    name = f"batch-{BATCHES - 1}"
+    whole = whole_run(tmp_path, loader, (name,))
+    again, said = resumed(tmp_path / "again", tmp_path / f"{name}.ckpt", loader)
+    assert (differences(whole, again), said) == ([], "bit for bit")
+
+
 def test_an_order_drawn_while_iterating_is_said(tmp_path: Path) -> None:
     loader = stateful(dataset=Shuffled)
     whole = whole_run(tmp_path, loader, (INSIDE, "epoch-1"))
@@ -249,6 +285,14 @@ class ByEpoch(Sampler[int]):
         yield from torch.randperm(ROWS, generator=torch.Generator().manual_seed(self.epoch)).tolist()
 
 
+class RowByRow(ByEpoch):
+    """Draws a row when it is asked for it, so that all of its order is as random as the state that is put back."""
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(ROWS):
+            yield random.randrange(ROWS)
+
+
 class Backwards(ByEpoch):
     def __iter__(self) -> Iterator[int]:
         return iter(range(ROWS - 1, -1, -1))
@@ -262,9 +306,10 @@ class Backwards(ByEpoch):
         {"sampler": lambda: DistributedSampler(range(ROWS), 1, 0)},
         {"sampler": ByEpoch},
         {"sampler": Backwards},
+        {"sampler": RowByRow},
         {"batch_sampler": lambda: BatchSampler(SequentialSampler(range(ROWS)), BATCH_SIZE, False)},
     ],
-    ids=["shuffle", "in order", "distributed", "by epoch", "backwards", "batches in order"],
+    ids=["shuffle", "in order", "distributed", "by epoch", "backwards", "row by row", "batches in order"],
 )
 def test_an_order_that_a_loader_with_a_state_gives_again(options: dict[str, Any], tmp_path: Path) -> None:
     loader, names = stateful(**options), (NEXT, LAST, "epoch-1")
@@ -305,7 +350,7 @@ def test_asking_a_sampler_twice_changes_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     loader = stateful(sampler=lambda: SubsetRandomSampler(range(ROWS), generator))()
     before = generator.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert not order_comes_back(loader, 0)
+    assert not order_comes_back(loader, 0, 3)
     after = generator.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after, strict=True))
 
@@ -501,3 +546,11 @@ def test_numbers_that_a_sampler_or_a_data_set_counts_are_said(tmp_path: Path) ->
     assert differences(whole, again) != []
     assert "Counted.given is 0 and was 28; if rows or their order depend on it they differ" in said
     assert "Rotated.made is " in said
+
+
+def test_nothing_is_lost_where_nothing_is_left_to_train(tmp_path: Path) -> None:
+    loader = plain(sampler=Rotated, num_workers=1, persistent_workers=True)
+    name = f"batch-{2 * BATCHES}"
+    whole = whole_run(tmp_path, loader, (name,))
+    again, said = resumed(tmp_path / "again", tmp_path / f"{name}.ckpt", loader)
+    assert (differences(whole, again), said) == ([], "bit for bit")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from enstack_lightning.guard.restart.rows import has_ended, has_state
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -25,7 +27,7 @@ def capture_fetched(trainer: Trainer) -> list[Any] | None:
     loop = trainer.fit_loop
     batches = [batch for batch, *_ in getattr(loop._data_fetcher, "batches", ())]
     loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-    if not batches or not any(map(_keeps_position, loaders)):
+    if not batches or not any(map(has_state, loaders)):
         return []
     fits = sum(map(_bytes, batches)) <= MOST_BYTES
     return batches if len(loaders) == 1 and fits and all(map(_is_plain, batches)) else None
@@ -38,13 +40,11 @@ def give_first(trainer: Trainer, batches: list[Any]) -> None:
 
     def iter_once(self: Any) -> Iterator[Any]:
         self.__class__ = kind
-        return itertools.chain(batches, iter(self))
+        is_all = has_ended(self)
+        rest = iter(self)
+        return itertools.chain(batches, () if is_all else rest)
 
     loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iter_once, "__module__": kind.__module__})
-
-
-def _keeps_position(loader: Any) -> bool:
-    return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
 def _is_plain(value: Any) -> bool:

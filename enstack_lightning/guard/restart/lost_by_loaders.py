@@ -36,21 +36,24 @@ def lost_by_loaders(trainer: Trainer, restart: ExactRestart | None) -> list[str]
         return []
     loop: Any = trainer.fit_loop
     progress = loop.epoch_loop.batch_progress
-    is_inside = not restart.is_epoch_done and progress.current.processed > 0 and not progress.is_last_batch
+    epoch, batches = loop.epoch_progress.current.processed, progress.current.processed
+    is_inside = not restart.is_epoch_done and batches > 0 and not progress.is_last_batch
+    next_epoch = epoch if restart.is_epoch_done else epoch + 1
+    goes_on = is_inside or loop.max_epochs in (None, -1) or next_epoch < loop.max_epochs
     lost: list[str] = []
-    for loader in _loaders(loop):
+    for loader in _loaders(loop) if goes_on else ():
         if is_inside:
-            lost += _lost_inside(loader, loop.epoch_progress.current.processed)
+            lost += _lost_inside(loader, epoch, batches)
         elif progress.total.ready:
             lost += _lost_at_an_end(trainer, loader)
     had_workers = restart.resume.get("validation_workers", [])
     for had, loader in zip(had_workers, _loaders(loop.epoch_loop.val_loop), strict=False):
         if had and getattr(loader, "persistent_workers", False) and may_draw(loader):
             lost.append(_in_lasting_workers(loader, " of validation"))
-    return lost + list(_other_counts(restart.mine.get("counts", {}), trainer))
+    return lost + (list(_other_counts(restart.mine.get("counts", {}), trainer)) if goes_on else [])
 
 
-def _lost_inside(loader: Any, epoch: int) -> Iterator[str]:
+def _lost_inside(loader: Any, epoch: int, batches: int) -> Iterator[str]:
     if not hasattr(loader, "next_iter_state"):  # no StatefulDataLoader: its order is known, or its position lost
         return
     if drew_while_passing_over(loader):
@@ -58,7 +61,7 @@ def _lost_inside(loader: Any, epoch: int) -> Iterator[str]:
             f"{_name(loader.dataset)} has no state, and drew random numbers while the batches that are done were "
             "passed over; if its order depends on them it is another"
         )
-    elif not isinstance(loader.dataset, IterableDataset) and not order_comes_back(loader, epoch):
+    elif not isinstance(loader.dataset, IterableDataset) and not order_comes_back(loader, epoch, batches):
         yield (
             f"the order of {_name(_asked(loader))} is drawn anew, as a StatefulDataLoader restores only samplers with "
             "a state, torchdata's RandomSampler and those that always give the same; a plain DataLoader keeps it"
@@ -80,15 +83,16 @@ def _in_lasting_workers(loader: Any, of: str) -> str:
     )
 
 
-def order_comes_back(loader: Any, epoch: int) -> bool:
+def order_comes_back(loader: Any, epoch: int, batches: int) -> bool:
     """Whether a StatefulDataLoader that is made anew gives the rest of the order that its sampler had begun.
 
-    It does where torchdata saves a state of the sampler or of its iterator. Else it draws the order again, and that is
-    the same only if nothing random is in it: so the sampler is asked twice, under two random states.
+    It does where torchdata saves a state of the sampler or of its iterator. Else it draws again what is done of the
+    order, under another random state; and that must not show in the rest. So the sampler is asked for it twice.
 
     Args:
         loader: a `StatefulDataLoader` over a map-style data set.
         epoch: the epoch that is gone on with, from 0.
+        batches: those of it that are done.
     """
     asked = _asked(loader)
     if has_state(asked):
@@ -98,8 +102,9 @@ def order_comes_back(loader: Any, epoch: int) -> bool:
     generators = [(generator, state_of(generator)) for _, generator in generators_of(loader)]
     before = capture_random_state()
     try:
-        again = _copied(asked)
-        return has_state(iter(again)) or _drawn(again, 1) == _drawn(again, 2)
+        again, done = _copied(asked), batches * (1 if asked is loader.batch_sampler else loader.batch_size or 1)
+        after = (1, 2) if loader.num_workers else (0, 0)  # for workers it is drawn ahead of what is put back
+        return has_state(iter(again)) or _rest(again, done, 1, after[0]) == _rest(again, done, 2, after[1])
     except Exception:  # a sampler of the user's, which is not made to be copied or asked twice
         return False
     finally:
@@ -127,12 +132,21 @@ def _copied(sampler: Any) -> Any:
     return again
 
 
-def _drawn(sampler: Any, seed: int) -> list[Any]:
+def _rest(sampler: Any, done: int, before: int, after: int) -> list[Any]:
+    """What a sampler gives after what is done of its order, each of them drawn by a seed."""
+    _seed(before)
+    order = iter(sampler)
+    for _ in itertools.islice(order, done):
+        pass
+    _seed(after)
+    rest = itertools.islice(order, _INDICES_COMPARED)
+    return [index.tolist() if hasattr(index, "tolist") else index for index in rest]
+
+
+def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    drawn = itertools.islice(iter(sampler), _INDICES_COMPARED)
-    return [index.tolist() if hasattr(index, "tolist") else index for index in drawn]
 
 
 def capture_counts(trainer: Trainer) -> dict[str, dict[str, int]]:

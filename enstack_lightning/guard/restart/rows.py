@@ -58,6 +58,8 @@ def go_on_once(loader: Any) -> None:
     dataset, state = getattr(loader, "dataset", None), getattr(loader, "next_iter_state", None)
     if not isinstance(dataset, IterableDataset) or has_state(dataset) or not isinstance(state, dict):
         return
+    for worker in ((state.get("_snapshot") or {}).get("_worker_snapshots") or {}).values():
+        worker["dataset_state"] = None  # a random state that the guard once gave it, and that keeps torchdata from it
     kind = type(loader)
 
     def iter_once(self: Any) -> Any:
@@ -140,6 +142,16 @@ def keeps_its_position(loader: Any) -> bool:
     """Whether the loader's data set is an iterable one with a state."""
     dataset = getattr(loader, "dataset", None)
     return isinstance(dataset, IterableDataset) and has_state(dataset)
+
+
+def has_ended(loader: Any) -> bool:
+    """Whether workers had come to the data set's end, all of them, where the loader's next iterator goes on.
+
+    torchdata asks them for one batch more all the same, and a data set that is at its beginning again would give it.
+    """
+    snapshot = (getattr(loader, "next_iter_state", None) or {}).get("_snapshot") or {}
+    fetchers = [worker.get("fetcher_state") or {} for worker in snapshot.get("_worker_snapshots", {}).values()]
+    return bool(fetchers) and all(fetcher.get("fetcher_ended") for fetcher in fetchers)
 
 
 def _saved_state(loader: Any) -> Any:
