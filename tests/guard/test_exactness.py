@@ -64,6 +64,17 @@ def test_another_version_of_torch_is_said(trained: Path, tmp_path: Path, caplog:
     assert "another version of torch or Lightning" in said(path, tmp_path, caplog, TinyModule())
 
 
+def test_weights_that_were_made_smaller_are_said(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def halved(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: tensor.bfloat16() for name, tensor in checkpoint["state_dict"].items()}
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", halved)
+    line = said(path, tmp_path, caplog, TinyModule())
+    assert "weights were saved as bfloat16 and are trained as float32, such as layer.weight" in line
+
+
 @pytest.fixture
 def restored() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -50,7 +50,7 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
     elif restart is None or not restart.mine.get("random_state"):
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
-        lost.append("it was saved in the middle of a step, and what was left of that step is not done again")
+        lost.append("it was saved at no moment that a run can go on at: what was left of that step or epoch is lost")
     if restart is not None and restart.leaves_out_fetched:
         lost.append("a batch that the loader had given ahead is in no checkpoint, and is left out")
     if report.resume is not None and report.resume.batches_repeated:
@@ -59,10 +59,20 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append(f"{count} trained twice, since the {why}")
     if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
         lost.append(said)
-    lost += lost_by_loaders(trainer, restart)
+    lost += lost_by_loaders(trainer, restart) + rounded_weights(report, trainer)
     if restart is not None:
         lost += lost_by_module(trainer, restart.resume.get("module"))
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
+
+
+def rounded_weights(report: Report, trainer: Trainer) -> list[str]:
+    """Whether weights were saved in another dtype than the run trains, as by a tool that makes checkpoints smaller."""
+    saved = {t.name: t.dtype for t in report.facts.saved.tensors} if report.facts.saved is not None else {}
+    for name, parameter in trainer.lightning_module.named_parameters():
+        trained = str(parameter.dtype).removeprefix("torch.")
+        if (kept := saved.get(name, trained)) != trained:
+            return [f"weights were saved as {kept} and are trained as {trained}, such as {name}"]
+    return []
 
 
 def of_device(device: torch.device) -> list[str]:
