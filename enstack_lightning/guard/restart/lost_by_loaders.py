@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
 from enstack_lightning.guard.restart.rows import drew_while_passing_over, has_state, keeps_its_position, may_draw
@@ -28,12 +29,18 @@ _NOT_THE_USERS = ("torch", "torchdata", "lightning", "pytorch_lightning", "ensta
 def lost_by_loaders(trainer: Trainer, restart: ExactRestart | None) -> list[str]:
     """Why training or validation data may be other than that of the run that never stopped, in short sentences.
 
+    To be called by all processes, as each has loaders of its own and the first one speaks for all.
+
     Args:
         trainer: at `on_train_start`, with its loops restored.
         restart: how its loops are started again; None where nothing is known of the moment that was saved.
     """
-    if restart is None or not restart.mine.get("random_state"):
-        return []
+    lost = _lost_here(trainer, restart) if restart is not None and restart.mine.get("random_state") else []
+    is_lost = on_any_rank(trainer, bool(lost))
+    return lost or (["another process has lost something of its loaders"] if is_lost else [])
+
+
+def _lost_here(trainer: Trainer, restart: ExactRestart) -> list[str]:
     loop: Any = trainer.fit_loop
     progress = loop.epoch_loop.batch_progress
     epoch, batches = loop.epoch_progress.current.processed, progress.current.processed
