@@ -219,6 +219,20 @@ def test_an_optimizer_that_has_not_stepped_yet_was_called_one_that_lost_its_stat
     assert "optimizer 1 has no state for any of its 2 parameters after 6 steps" in said(report, "CK402", "error")
 
 
+class LateSecondOfSgd(LateSecond):
+    """SGD with momentum counts no steps, so that nothing tells which of the two made them."""
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.01, momentum=0.9) for part in (self.generator, self.discriminator)]
+
+
+def test_beside_an_optimizer_that_counts_no_steps_one_without_state_may_not_have_stepped(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, every_step(tmp_path), max_epochs=1).fit(LateSecondOfSgd())
+    report = verify_checkpoint(tmp_path / "step=2.ckpt")
+    assert "optimizer 1 has no state for any of its" in said(report, "CK402", "warning")
+    assert report.verdict is Verdict.WARN
+
+
 def test_the_first_steps_that_a_gradient_scaler_skipped_were_an_error() -> None:
     def severity(counted: int, **fields: str) -> str:
         facts = lightning([-1], counted, **fields)

@@ -31,7 +31,8 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
 
     SGD without momentum keeps no state, and that is healthy; Adam's `betas` or a `momentum` above 0 in the param groups
     tell an optimizer that does. Of several optimizers one may not have stepped yet: where the others have all the steps
-    that the loop counted, it has not. A gradient scaler may have skipped all of a few steps so far: a warning.
+    that the loop counted, it has not; where another one counts no steps, as SGD, it may have made them all: a warning.
+    So is a gradient scaler, which may have skipped all of a few steps so far.
     """
     if facts.optimizers is None or not (facts.fields or facts.optimizers):
         return
@@ -39,7 +40,8 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
     done = expected.steps if expected else 0
     others = sum(o.most_steps or 0 for o in facts.optimizers)
     by_others = facts.progress.optimizer_steps is not None and done <= others
-    say = warning if scales_losses(facts) and done <= SCALED_DOWN else error
+    scaled = scales_losses(facts) and done <= SCALED_DOWN
+    untold = any(_steps_uncounted(o) for o in facts.optimizers)
     if not facts.optimizers and done:
         yield error(
             f"no optimizer state after {done:,} steps: training would go on with a fresh optimizer",
@@ -56,16 +58,24 @@ def optimizer_state_missing(facts: Facts, options: Options) -> Iterator[Outcome]
         elif done and by_others:
             yield passed(f"optimizer {number}: has not stepped, the others have all {done:,} steps")
         elif done:
-            yield say(
+            yield (warning if scaled or untold else error)(
                 f"optimizer {number} has no state for any of its {optimizer.parameter_count:,} parameters after "
                 f"{done:,} steps: training would go on with a fresh optimizer",
                 "optimizer",
-                _OTHER_CHECKPOINT
-                if say is error
-                else "Expected if the gradient scaler has skipped every step so far; else use another checkpoint.",
+                "Expected if the gradient scaler has skipped every step so far; else use another checkpoint."
+                if scaled
+                else "Expected if it has not stepped yet, as another one counts no steps; else use another checkpoint."
+                if untold
+                else _OTHER_CHECKPOINT,
             )
         else:
             yield _state_there(number, optimizer)
+
+
+def _steps_uncounted(optimizer: OptimizerFacts) -> bool:
+    """Whether an optimizer may have stepped without a count of it in the checkpoint."""
+    may_have = optimizer.parameters_with_state or not optimizer.keeps_moments
+    return bool(optimizer.groups and optimizer.most_steps is None and may_have)
 
 
 def _state_there(number: int, optimizer: OptimizerFacts) -> Outcome:
