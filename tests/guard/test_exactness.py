@@ -75,6 +75,19 @@ def test_weights_that_were_made_smaller_are_said(
     assert "weights were saved as bfloat16 and are trained as float32, such as layer.weight" in line
 
 
+class StopsItself(TinyModule):
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self.trainer.global_step == 6:
+            self.trainer.should_stop = True
+
+
+def test_a_run_that_had_stopped_itself_is_said_to_train_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path)).fit(StopsItself())
+    assert "step=7.ckpt" in {file.name for file in tmp_path.iterdir()}
+    line = said(tmp_path / "step=7.ckpt", tmp_path, caplog, StopsItself())
+    assert "the run had been told to stop (trainer.should_stop), and trains on" in line
+
+
 @pytest.fixture
 def restored() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

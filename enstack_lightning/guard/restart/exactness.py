@@ -51,6 +51,8 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
         lost.append("it was saved at no moment that a run can go on at: what was left of that step or epoch is lost")
+    if restart is not None and restart.resume.get("told_to_stop"):
+        lost.append("the run had been told to stop (trainer.should_stop), and trains on")
     if restart is not None and restart.leaves_out_fetched:
         lost.append("a batch that the loader had given ahead is in no checkpoint, and is left out")
     if report.resume is not None and report.resume.batches_repeated:

@@ -71,6 +71,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
     state["resume"] = {
         "point": point,
         "early_stop": bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks)),
+        "told_to_stop": _told_to_stop(trainer),
         "validation_workers": [
             _has_lasting_workers(loader) for loader in (validation.flattened if validation is not None else ())
         ],
@@ -123,6 +124,12 @@ def stopped_early(callback: Any) -> bool:
         return False
     reason = getattr(callback, "stopping_reason", None)
     return bool(callback.wait_count >= callback.patience or (reason is not None and reason.value != 0))
+
+
+def _told_to_stop(trainer: Trainer) -> bool:
+    """Whether the run's own code has set `trainer.should_stop`, and not what ends it for a time only."""
+    for_now = getattr(trainer, "received_sigterm", False) or any(is_a(c, "Timer") for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return bool(trainer.should_stop) and not for_now and not any(map(stopped_early, trainer.callbacks))  # type: ignore[attr-defined]
 
 
 def _has_lasting_workers(loader: Any) -> bool:
