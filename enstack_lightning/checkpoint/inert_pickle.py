@@ -32,6 +32,7 @@ from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSE
 from enstack_lightning.checkpoint.pickle_values import (
     CONTAINERS,
     DTYPE_BYTES,
+    MAX_KEY_LENGTH,
     STORAGE_DTYPES,
     Call,
     Global,
@@ -216,6 +217,18 @@ class _Machine:
                                 break
                         self.below_marks.append(stack)
                         stack = self.stack = []
+                    elif opcode == 0x73:  # SETITEM
+                        value, key, target = stack.pop(), stack.pop(), stack[-1]
+                        if (
+                            target.__class__ is dict
+                            and key.__class__ is str
+                            and key not in target
+                            and len(key) <= MAX_KEY_LENGTH
+                        ):
+                            target[key] = value
+                        else:
+                            self.at = at
+                            self.set_item(target, key, value)
                     elif opcode == 0x7D:  # EMPTY_DICT
                         stack.append({})
                     elif opcode == 0x4A:  # BININT
@@ -373,10 +386,9 @@ class _Machine:
         self.work.spend(3)
         self.stack.append(frozenset(self.work.keys(values)))
 
-    def setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _check_open(self.stack[-1])
-        self.work.set_items(self.stack[-1], (key, value))
+    def set_item(self, target: Any, key: Any, value: Any) -> None:
+        _check_open(target)
+        self.work.set_items(target, (key, value))
 
     def setitems(self) -> None:
         values = self.pop_to_mark()
@@ -574,7 +586,6 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x61: _Machine.append,
     0x65: _Machine.appends,
     0x90: _Machine.additems,
-    0x73: _Machine.setitem,
     0x75: _Machine.setitems,
     0x4E: lambda m: m.stack.append(None),
     0x88: lambda m: m.stack.append(True),

@@ -304,7 +304,9 @@ class TorchFile:
             return b""
 
     def _check_own_records(self) -> None:
-        for name in self.records.keys() - {*_OWN_RECORDS, *_NAMED_BY_TORCH}:
+        for name in self.records:
+            if name.startswith(_STORAGE) or name in (*_OWN_RECORDS, *_NAMED_BY_TORCH):
+                continue
             if name.lower() in (*_OWN_RECORDS, *_NAMED_BY_TORCH):
                 self._note(f"torch takes it for {name.lower()}, as it looks names up without regard to case", name)
         if not {"version", ".data/version"} & self._own.keys():

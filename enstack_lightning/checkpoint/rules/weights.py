@@ -134,7 +134,7 @@ def _encoder(facts: Facts) -> _Encoder | None:
 def _modern(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
     """The names as the model gives them today: without wrappers, and without TensorFlow's gamma and beta."""
     names = "\n".join(shapes)
-    if _WRAPPERS.search(names):
+    if "_orig_mod." in names or "_wrapped_module." in names:
         shapes = {_WRAPPERS.sub("", name): shape for name, shape in shapes.items()}
     if "LayerNorm.gamma" in names:
         shapes = {
