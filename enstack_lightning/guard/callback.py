@@ -166,11 +166,12 @@ class CheckpointGuard(Callback):
         self._health = Health(on_nonfinite, save_on_signal, self.state_key)
         self.report: Report | None = None
         self.repairs: tuple[Repair, ...] = ()
+        self._allow_globals = frozenset(allow_globals or ())
         self._options = Options(
             tolerance=step_tolerance,
             deep=deep is True,
             digests=deep == "manifest",
-            allow_globals=frozenset(allow_globals or ()),
+            allow_globals=self._allow_globals,
         )
         if lr_bounds is not None:
             self._options = dataclasses.replace(self._options, min_lr=lr_bounds[0], max_lr=lr_bounds[1])
@@ -194,8 +195,8 @@ class CheckpointGuard(Callback):
         self._given = Configured()
         self.repairs = ()
         self._trainer = trainer
-        vouched = self._options.allow_globals | safe_globals()
-        self._options = dataclasses.replace(self._options, allow_globals=vouched)
+        # Anew for each run: what torch is told may hold for a while only.
+        self._options = dataclasses.replace(self._options, allow_globals=self._allow_globals | safe_globals())
         self._forget_restart()  # of a run that failed, which has had no teardown
         keep_random_state_of_workers(trainer)
         self._checkpoint_io = guard_checkpoint_io(
