@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from enstack_lightning.guard.restart.rows import has_ended, has_state
+from enstack_lightning.guard.restart.rows import has_ended, has_state, loaders_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -26,7 +26,7 @@ def capture_fetched(trainer: Trainer) -> list[Any] | None:
     """The batches fetched ahead from a loader with a state; None where they cannot be kept in a checkpoint."""
     loop = trainer.fit_loop
     batches = [batch for batch, *_ in getattr(loop._data_fetcher, "batches", ())]
-    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    loaders = loaders_of(loop)
     if not batches or not any(map(has_state, loaders)):
         return []
     fits = sum(map(_bytes, batches)) <= MOST_BYTES

@@ -22,7 +22,7 @@ from enstack_lightning.guard.restart.rng import (
     from_text,
     restore_cpu_random_state,
 )
-from enstack_lightning.guard.restart.rows import OwnPositions, go_on_once, set_epoch
+from enstack_lightning.guard.restart.rows import OwnPositions, go_on_once, loaders_of, set_epoch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -68,9 +68,7 @@ def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
 
 def keeps_every_position(trainer: Trainer) -> bool:
     """Whether all training loaders have states: Lightning restores those that have, and the others begin anew."""
-    combined = trainer.fit_loop._combined_loader
-    loaders = combined.flattened if combined is not None else []
-    return all(callable(getattr(loader, "load_state_dict", None)) for loader in loaders)
+    return all(callable(getattr(loader, "load_state_dict", None)) for loader in loaders_of(trainer.fit_loop))
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:
@@ -126,9 +124,8 @@ def restore_generators(trainer: Trainer, states: dict[str, Any]) -> None:
 
 def _generators(trainer: Trainer) -> Iterator[tuple[str, Any]]:
     """Workers have copies of a data set, and it is their state that goes on: `_worker_random_state`."""
-    fit, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    for stage, combined in (("train", fit), ("validation", validation)):
-        for number, loader in enumerate(combined.flattened if combined is not None else ()):
+    for stage, loop in (("train", trainer.fit_loop), ("validation", trainer.fit_loop.epoch_loop.val_loop)):
+        for number, loader in enumerate(loaders_of(loop)):
             place = f"{stage}.{number}"
             yield from ((f"{place}.{owner}", generator) for owner, generator in generators_of(loader))
             if not getattr(loader, "num_workers", 0):
@@ -150,7 +147,7 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
     loop: Any = trainer.fit_loop
 
     def before_the_iterator_is_made() -> None:
-        loaders: list[Any] = list(loop._combined_loader.flattened) if loop._combined_loader is not None else []
+        loaders = loaders_of(loop)
         is_restored = bool(loop.restarting and loop._combined_loader_states_to_load)
         for loader in loaders:
             _give_state(loader)
@@ -168,8 +165,7 @@ def keep_random_state_of_workers(trainer: Trainer) -> None:
 def stop_keeping_random_state_of_workers(trainer: Trainer) -> None:
     """Gives the fit loop its own method back, and plain loaders their own batch samplers."""
     vars(trainer.fit_loop).pop("_load_combined_loader_states", None)
-    combined = trainer.fit_loop._combined_loader
-    for loader in combined.flattened if combined is not None else ():
+    for loader in loaders_of(trainer.fit_loop):
         forget_order(loader)
 
 

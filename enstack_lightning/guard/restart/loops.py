@@ -30,7 +30,7 @@ from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
-from enstack_lightning.guard.restart.rows import OwnPositions
+from enstack_lightning.guard.restart.rows import OwnPositions, loaders_of
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
 if TYPE_CHECKING:
@@ -336,8 +336,7 @@ class ExactRestart:
 
     def _make_lasting_workers(self) -> None:
         """Persistent workers of validation draw their seed once, when they start: before the random state is set."""
-        validation = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
-        loaders = validation.flattened if validation is not None else []
+        loaders = loaders_of(self.trainer.fit_loop.epoch_loop.val_loop)
         for had, loader in zip(self.resume.get("validation_workers", []), loaders, strict=False):
             if had and getattr(loader, "_iterator", None) is None:
                 iter(loader)

@@ -15,7 +15,13 @@ from torch.utils.data import IterableDataset
 from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
-from enstack_lightning.guard.restart.rows import drew_while_passing_over, has_state, keeps_its_position, may_draw
+from enstack_lightning.guard.restart.rows import (
+    drew_while_passing_over,
+    has_state,
+    keeps_its_position,
+    loaders_of,
+    may_draw,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -48,13 +54,13 @@ def _lost_here(trainer: Trainer, restart: ExactRestart) -> list[str]:
     next_epoch = epoch if restart.is_epoch_done else epoch + 1
     goes_on = is_inside or loop.max_epochs in (None, -1) or next_epoch < loop.max_epochs
     lost: list[str] = []
-    for loader in _loaders(loop) if goes_on else ():
+    for loader in loaders_of(loop) if goes_on else ():
         if is_inside:
             lost += _lost_inside(loader, epoch, batches)
         elif progress.total.ready:
             lost += _lost_at_an_end(trainer, loader)
     had_workers = restart.resume.get("validation_workers", [])
-    for had, loader in zip(had_workers, _loaders(loop.epoch_loop.val_loop), strict=False):
+    for had, loader in zip(had_workers, loaders_of(loop.epoch_loop.val_loop), strict=False):
         if had and getattr(loader, "persistent_workers", False) and may_draw(loader):
             lost.append(_in_lasting_workers(loader, " of validation"))
     return lost + (list(_other_counts(restart.mine.get("counts", {}), trainer)) if goes_on else [])
@@ -168,7 +174,7 @@ def capture_counts(trainer: Trainer) -> dict[str, dict[str, int]]:
 
 
 def _counting(trainer: Trainer) -> Iterator[tuple[str, Any]]:
-    for number, loader in enumerate(_loaders(trainer.fit_loop)):
+    for number, loader in enumerate(loaders_of(trainer.fit_loop)):
         for place in ("sampler", "batch_sampler", "dataset"):
             if _may_count(loader, owner := getattr(loader, place, None)):
                 yield f"{number}.{place}", owner
@@ -186,10 +192,6 @@ def _other_counts(then: dict[str, dict[str, int]], trainer: Trainer) -> Iterator
             if now != value:
                 what = f"{_name(owner)}.{name} is {now} and was {value}"
                 yield f"{what}; if rows or their order depend on it they differ"
-
-
-def _loaders(loop: Any) -> list[Any]:
-    return list(loop._combined_loader.flattened) if loop._combined_loader is not None else []
 
 
 def _name(value: Any) -> str:

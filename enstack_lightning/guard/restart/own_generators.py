@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from enstack_lightning.guard.restart.rng import as_text, from_text
+from enstack_lightning.guard.restart.rng import as_text, from_text, python_state_as_text, python_state_from_text
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _INNER = ("dataset", "datasets", "transform", "target_transform", "transforms", "_sampler")
@@ -71,8 +71,7 @@ def state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
-        version, internal, gauss = generator.getstate()
-        return [version, as_text(np.array(internal, dtype=np.uint32)), gauss]
+        return python_state_as_text(generator.getstate())
     if isinstance(generator, np.random.RandomState):
         return as_text(generator.get_state(legacy=False))
     return as_text(generator.bit_generator.state)
@@ -83,8 +82,7 @@ def set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
     elif isinstance(generator, random.Random):
-        version, internal, gauss = state
-        generator.setstate((version, tuple(from_text(internal).tolist()), gauss))
+        generator.setstate(python_state_from_text(state))
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(from_text(state))
     else:

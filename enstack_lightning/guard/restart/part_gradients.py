@@ -67,12 +67,11 @@ def capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
 def _waiting(trainer: Trainer) -> dict[str, Tensor]:
     """Gradients that no step has used as they are: an unused one has no mark, one that grew since has an older one."""
     module = trainer.lightning_module
-    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    gradients = ((name, p, p.grad) for name, p in module.named_parameters() if p.grad is not None)
     if module.automatic_optimization:
-        return found
+        return {name: gradient for name, _, gradient in gradients}
     stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    mine = {name for name, p in module.named_parameters() if id(p) in stepped}
-    return {n: g for n, g in found.items() if n in mine and getattr(g, "_used_at", None) != g._version}
+    return {n: g for n, p, g in gradients if id(p) in stepped and getattr(g, "_used_at", None) != g._version}
 
 
 def restore_gradients(trainer: Trainer, gradients: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
-from enstack_lightning.guard.restart.rows import may_draw
+from enstack_lightning.guard.restart.rows import loaders_of, may_draw
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -230,7 +230,6 @@ def drawn_anew(trainer: Trainer) -> str | None:
 
 
 def _only_order(trainer: Trainer) -> KnownOrder | None:
-    combined = trainer.fit_loop._combined_loader
-    loaders = list(combined.flattened) if combined is not None else []
+    loaders = loaders_of(trainer.fit_loop)
     order = getattr(loaders[0], "batch_sampler", None) if len(loaders) == 1 else None
     return order if isinstance(order, KnownOrder) else None

@@ -23,6 +23,7 @@ from enstack_lightning.guard.restart.module_state import capture_module_state
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, gradients_wait
 from enstack_lightning.guard.restart.plain_order import capture_order
 from enstack_lightning.guard.restart.rng import capture_random_state
+from enstack_lightning.guard.restart.rows import loaders_of
 from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 
 if TYPE_CHECKING:
@@ -67,14 +68,12 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         mine["statistics"] = running_statistics(trainer)
         # DDP sends rank 0's statistics to all before a forward pass, and not after one inside an accumulation window.
         mine["sync_before_forward"] = getattr(trainer.model, "require_forward_param_sync", None)
-    validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    stops_early = bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks))
     state["resume"] = {
         "point": point,
-        "early_stop": bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks)),
-        "told_to_stop": _told_to_stop(trainer),
-        "validation_workers": [
-            _has_lasting_workers(loader) for loader in (validation.flattened if validation is not None else ())
-        ],
+        "early_stop": stops_early,
+        "told_to_stop": not stops_early and _told_to_stop(trainer),
+        "validation_workers": list(map(_has_lasting_workers, loaders_of(trainer.fit_loop.epoch_loop.val_loop))),
         "frozen": capture_frozen(trainer),
         "reloads": capture_reloads(trainer),
         "module": capture_module_state(trainer, point),
@@ -127,9 +126,9 @@ def stopped_early(callback: Any) -> bool:
 
 
 def _told_to_stop(trainer: Trainer) -> bool:
-    """Whether the run's own code has set `trainer.should_stop`, and not what ends it for a time only."""
+    """Whether something has set `trainer.should_stop` that does not end the run for a time only."""
     for_now = getattr(trainer, "received_sigterm", False) or any(is_a(c, "Timer") for c in trainer.callbacks)  # type: ignore[attr-defined]
-    return bool(trainer.should_stop) and not for_now and not any(map(stopped_early, trainer.callbacks))  # type: ignore[attr-defined]
+    return bool(trainer.should_stop) and not for_now
 
 
 def _has_lasting_workers(loader: Any) -> bool:

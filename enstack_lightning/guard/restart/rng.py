@@ -23,9 +23,8 @@ def capture_random_state() -> dict[str, Any]:
 
 def capture_cpu_random_state() -> dict[str, Any]:
     """The state of the global generators of Python, NumPy and torch's CPU, as numbers and text."""
-    version, internal, gauss = random.getstate()
     return {
-        "python": [version, as_text(np.array(internal, dtype=np.uint32)), gauss],
+        "python": python_state_as_text(random.getstate()),
         "numpy": as_text(np.random.get_state(legacy=False)),
         "torch": as_text(torch.get_rng_state().numpy()),
     }
@@ -40,10 +39,21 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def restore_cpu_random_state(state: dict[str, Any]) -> None:
     """Sets the generators to what `capture_cpu_random_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(from_text(internal).tolist()), gauss))
+    random.setstate(python_state_from_text(state["python"]))
     np.random.set_state(from_text(state["numpy"]))
     torch.set_rng_state(torch.from_numpy(from_text(state["torch"])))
+
+
+def python_state_as_text(state: tuple[Any, ...]) -> list[Any]:
+    """What `random.Random.getstate` returned, as plain values."""
+    version, internal, gauss = state
+    return [version, as_text(np.array(internal, dtype=np.uint32)), gauss]
+
+
+def python_state_from_text(state: list[Any]) -> tuple[Any, ...]:
+    """What `python_state_as_text` was given."""
+    version, internal, gauss = state
+    return version, tuple(from_text(internal).tolist()), gauss
 
 
 def as_text(value: Any) -> Any:

@@ -22,6 +22,12 @@ _DREW = "_drew_while_passing_over"
 """The attribute of a loader that says so."""
 
 
+def loaders_of(loop: Any) -> list[Any]:
+    """The loaders of a training or validation loop; none before they are made."""
+    combined = loop._combined_loader
+    return list(combined.flattened) if combined is not None else []
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tells the samplers of a loader their epoch, as Lightning does only once the loader stands at its position."""
     for told in (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
@@ -117,11 +123,9 @@ class OwnPositions:
 
     def __init__(self, trainer: Trainer) -> None:
         self._loop = trainer.fit_loop
-        combined = self._loop._combined_loader
-        loaders: list[Any] = list(combined.flattened) if combined is not None else []
         self._states: list[tuple[Any, Any]] = [
             (loader.dataset, _saved_state(loader) or loader.dataset.state_dict())
-            for loader in loaders
+            for loader in loaders_of(self._loop)
             if keeps_its_position(loader) and not getattr(loader, "num_workers", 0)
         ]
 

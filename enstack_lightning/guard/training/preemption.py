@@ -82,7 +82,7 @@ class Preemption:
         if not self.enabled or threading.current_thread() is not threading.main_thread() or _folder(trainer) is None:
             return
         self._trainer, self._pid = trainer, os.getpid()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and _recovery(trainer) is None:
             self._path = recovery_path(trainer, f"{_folder(trainer)}/{RECOVERY_NAME}.ckpt")
         for number in _signals(trainer):
             before = signal.getsignal(number)
@@ -204,7 +204,7 @@ class Preemption:
         self._end(trainer, number, at_once)
 
     def _save(self, trainer: Trainer) -> str:
-        recovery = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RecoveryCheckpoint)), None)
+        recovery = _recovery(trainer)
         path = recovery.about_to_save(trainer) if recovery else trainer.strategy.broadcast(self._path)
         if self._before_validation is None:
             trainer.save_checkpoint(path, weights_only=False)
@@ -278,6 +278,10 @@ def _signals(trainer: Trainer) -> list[int]:
     requeue = getattr(environment, "requeue_signal", None) if getattr(environment, "auto_requeue", False) else None
     found = [signal.SIGTERM, getattr(signal, "SIGUSR1", None), requeue]
     return list(dict.fromkeys(int(number) for number in found if number is not None))
+
+
+def _recovery(trainer: Trainer) -> RecoveryCheckpoint | None:
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, RecoveryCheckpoint)), None)
 
 
 def _folder(trainer: Trainer) -> str | None:
