@@ -27,7 +27,7 @@ from enstack_lightning.checkpoint.pickle_rebuild import (
     odd_tensors,
     storage_of,
 )
-from enstack_lightning.checkpoint.pickle_tensors import read_tensor, tensor_call
+from enstack_lightning.checkpoint.pickle_tensors import read_tensors, tensor_call
 from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSEEN, untangled
 from enstack_lightning.checkpoint.pickle_values import (
     CONTAINERS,
@@ -68,7 +68,7 @@ MAX_GLOBAL_NAME = 1_024
 MAX_GLOBALS = 10_000
 _MAX_WIDE_TEXT = 4 * 2**20
 _MAX_MEMO_GAP = 65_536  # a pickler numbers without gaps; Python's own unpickler takes memory for all of a gap
-_UINT16, _FLOAT64 = struct.Struct("<H"), struct.Struct(">d")
+_UINT16, _UINT32, _INT32, _FLOAT64 = (struct.Struct(form) for form in ("<H", "<I", "<i", ">d"))
 
 
 def read_pickle(data: bytes, max_opcodes: int = MAX_OPCODES) -> Unpickled:
@@ -154,8 +154,8 @@ class _Machine:
         """
         data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
         stack, at, end = self.stack, self.at, self.end
-        containers, unpack_from, beyond = CONTAINERS, struct.unpack_from, _NOT_WEIGHTS_ONLY
-        left = self.max_opcodes
+        containers, uint32, int32, beyond = CONTAINERS, _UINT32.unpack_from, _INT32.unpack_from, _NOT_WEIGHTS_ONLY
+        left, one_by_one = self.max_opcodes, 0
         try:
             while True:
                 for step in range(1, left + 1):
@@ -168,7 +168,7 @@ class _Machine:
                         memo[data[at]] = stack[-1]
                         at += 1
                     elif opcode == 0x72:  # LONG_BINPUT
-                        index = unpack_from("<I", data, at)[0]
+                        index = uint32(data, at)[0]
                         if index > len(memo) + _MAX_MEMO_GAP:
                             raise PickleDefectError(
                                 f"memo value {index:,} is set at byte {at - 1:,} after {len(memo):,} others"
@@ -183,7 +183,7 @@ class _Machine:
                             value = memo[data[at]]
                             at += 1
                         else:
-                            value = memo[unpack_from("<I", data, at)[0]]
+                            value = memo[uint32(data, at)[0]]
                             at += 4
                         if value.__class__ in containers:
                             shared[id(value)] = UNSEEN
@@ -193,7 +193,7 @@ class _Machine:
                         at += 1
                     elif opcode == 0x58 or opcode == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
                         if opcode == 0x58:
-                            length = unpack_from("<I", data, at)[0]
+                            length = uint32(data, at)[0]
                             at += 4
                         else:
                             length = data[at]
@@ -208,11 +208,11 @@ class _Machine:
                         raw = b""
                         at += length
                     elif opcode == 0x28:  # MARK
-                        match = None if self.legacy else tensor_call(data, at, end)
+                        match = None if self.legacy or at < one_by_one else tensor_call(data, at, end)
                         if match is not None:
-                            opcodes = read_tensor(self, match, left - step)
+                            one_by_one, opcodes = read_tensors(self, match, left - step)
                             if opcodes:
-                                at = match.end()
+                                at, stack = one_by_one, self.stack
                                 left -= step + opcodes
                                 break
                         self.below_marks.append(stack)
@@ -232,7 +232,7 @@ class _Machine:
                     elif opcode == 0x7D:  # EMPTY_DICT
                         stack.append({})
                     elif opcode == 0x4A:  # BININT
-                        stack.append(unpack_from("<i", data, at)[0])
+                        stack.append(int32(data, at)[0])
                         at += 4
                     elif opcode == 0x8A and at + 5 < end and data[at] <= 5:  # LONG1, as in the state of Python's random
                         after = at + 1 + data[at]

@@ -1,4 +1,4 @@
-r"""Reads what a pickle says of one tensor in one step: nine tenths of a checkpoint's pickle are the same 40 opcodes.
+r"""Reads what a pickle says of tensors in a row in one step: nine tenths of a checkpoint's pickle are the same opcodes.
 
 They follow a name that stands on the stack, `torch._utils._rebuild_tensor_v2`, and are what Python's pickler makes of
 torch's tensors in protocol 2 when 256 values have been memoized; `#n` is the n-th value memoized from here on:
@@ -9,6 +9,10 @@ torch's tensors in protocol 2 when 256 values have been memoized; `#n` is the n-
     BINGET collections.OrderedDict  EMPTY_TUPLE  REDUCE #4
     TUPLE #5  REDUCE #6
 
+Before the next tensor stand its key, which is a name (BINUNICODE 'layer.weight' #0) or one that was used before (BINGET
+'exp_avg'), and the function (BINGET). Where the state of an optimizer's next parameter begins, SETITEMS, its key and
+EMPTY_DICT #0 MARK stand before those.
+
 Only what is written exactly so is read here, with the same checks and to the same effect as opcode by opcode. Anything
 else, and whatever a check would refuse, is left to the machine, which then says what is wrong with it.
 """
@@ -16,11 +20,15 @@ else, and whatever a check would refuse, is left to the machine, which then says
 from __future__ import annotations
 
 import re
+import struct
 from functools import lru_cache
-from typing import Any, Protocol
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
-from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, sizes_of
+from enstack_lightning.checkpoint.pickle_rebuild import ORDERED_DICT, sizes_of, storage_of
 from enstack_lightning.checkpoint.pickle_values import (
+    MAX_KEY_LENGTH,
     Global,
     PickleDefectError,
     StorageDescriptor,
@@ -28,112 +36,267 @@ from enstack_lightning.checkpoint.pickle_values import (
     Work,
 )
 
+MAX_RUN = 10_000
+"""Tensors that are read in one step."""
+
 _PUT = rb"r(....)"
 _INTEGER = rb"(?:K.|M..|J....)"
 _INTEGERS = rb"\(?" + _INTEGER + rb"{1,8}[t\x85-\x87]"
-tensor_call = re.compile(
-    rb"\(h(.)h(.)X(.)\0\0\0([0-9]{1,9})" + _PUT + rb"h(.)(" + _INTEGER + rb")t" + _PUT + rb"Q(" + _INTEGER + rb")"
+_CALL = (
+    rb"\((h.h.)X(.)\0\0\0([0-9]{1,9})" + _PUT + rb"(h.)(" + _INTEGER + rb")t" + _PUT + rb"Q(" + _INTEGER + rb")"
     rb"(?:\)\)|(" + _INTEGERS + rb")" + _PUT + rb"(" + _INTEGERS + rb")" + _PUT + rb")"
-    rb"\x89h(.)\)R" + _PUT + rb"t" + _PUT + rb"R" + _PUT,
-    re.DOTALL,
-).match
+    rb"\x89h(.)\)R" + _PUT + rb"t" + _PUT + rb"R" + _PUT
+)
+tensor_call = re.compile(_CALL, re.DOTALL).match
 """Matches the template from behind its first MARK on; every opcode in it has one way to be matched."""
 
-_REBUILD_NAME = "torch._utils", "_rebuild_tensor_v2"
-_ORDERED_DICT_NAME = ORDERED_DICT.module, ORDERED_DICT.name
-_FIVE, _SEVEN = (sum(1 << 32 * n for n in range(count)) for count in (5, 7))
-_FIVE_IN_A_ROW, _SEVEN_IN_A_ROW = (sum(n << 32 * n for n in range(count)) for count in (5, 7))
-"""Numbers of 32 bits side by side, as one: each is 1, or they are 0, 1, 2 and so on."""
+_next = re.compile(
+    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:h(.)|j(....)|X(.)\0\0\0([\w.]+)" + _PUT + rb")h(.)\(" + _CALL,
+    re.DOTALL,
+).match
+"""Matches what leads from one tensor to the next, and that one."""
 
-_OPCODES_BESIDE_SIZES = 20
+
+class _Columns(NamedTuple):
+    """The groups of `_next`, each of all tensors in a row; empty where a tensor has none."""
+
+    state_key: tuple[bytes, ...]
+    state_put: tuple[bytes, ...]
+    near: tuple[bytes, ...]
+    far: tuple[bytes, ...]
+    text_length: tuple[bytes, ...]
+    text: tuple[bytes, ...]
+    text_put: tuple[bytes, ...]
+    function: tuple[bytes, ...]
+    kind: tuple[bytes, ...]
+    key_length: tuple[bytes, ...]
+    key: tuple[bytes, ...]
+    key_put: tuple[bytes, ...]
+    place: tuple[bytes, ...]
+    numel: tuple[bytes, ...]
+    pid_put: tuple[bytes, ...]
+    offset: tuple[bytes, ...]
+    shape: tuple[bytes, ...]
+    shape_put: tuple[bytes, ...]
+    stride: tuple[bytes, ...]
+    stride_put: tuple[bytes, ...]
+    hooks: tuple[bytes, ...]
+    hooks_put: tuple[bytes, ...]
+    args_put: tuple[bytes, ...]
+    tensor_put: tuple[bytes, ...]
+
+
+_NOTHING_BEFORE = (b"",) * _Columns._fields.index("kind")
+_puts = itemgetter(*(number for number, name in enumerate(_Columns._fields) if name.endswith("_put")))
+
+_FIRST_OF_FOUR_BYTES = 256
+_OPCODES = 23
+"""Of a tensor with its key and its function, besides those that make its sizes and these:"""
+_OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
+"""The last of these have been done of the first tensor."""
+
+_Sizes = tuple[int, ...]
 
 
 class Machine(Protocol):
-    """What reading a tensor needs of the machine that reads the pickle, and changes in it."""
+    """What reading tensors needs of the machine that reads the pickle, and changes in it."""
 
     stack: list[Any]
+    below_marks: list[list[Any]]
     memo: dict[int, Any]
     globals: dict[tuple[str, str], Global]
     tensors: list[TensorDescriptor]
+    storages: dict[object, StorageDescriptor]
+    first_of_key: dict[str, StorageDescriptor]
     ordered: dict[int, dict[Any, Any]]
     work: Work
 
     def storage(self, pid: object) -> StorageDescriptor: ...
 
 
-def read_tensor(machine: Machine, match: re.Match[bytes], most_opcodes: int) -> int:
+def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) -> tuple[int, int]:
     """Does what the opcodes of a match of `tensor_call` would do, behind the MARK that the machine stands at.
 
+    So it does with those of the tensors that follow.
+
     Returns:
-        How many opcodes they were; 0 when they are to be read one by one, and nothing that matters has been done.
+        Where the last of them ends, and how many opcodes have been done: 0, and nothing else, when they are to be read
+        one by one.
+
+    Raises:
+        PickleDefectError: as the machine would.
     """
-    (
-        word, kind, length, key_text, key_put, place, numel, pid_put, offset_text,
-        sizes, shape_put, strides, stride_put, hooks_kind, hooks_put, args_put, tensor_put,
-    ) = match.groups()  # fmt: skip
-    stack, memo, names = machine.stack, machine.memo, machine.globals
-    first = len(memo)
-    if sizes is None:
-        (shape, sizes_opcodes), (stride, strides_opcodes) = _NO_SIZES, _NO_SIZES
-        puts, expected = key_put + pid_put + hooks_put + args_put + tensor_put, first * _FIVE + _FIVE_IN_A_ROW
-    else:
-        (shape, sizes_opcodes), (stride, strides_opcodes) = _integers(sizes), _integers(strides)
-        puts = key_put + pid_put + shape_put + stride_put + hooks_put + args_put + tensor_put
-        expected = first * _SEVEN + _SEVEN_IN_A_ROW
-    opcodes = _OPCODES_BESIDE_SIZES + sizes_opcodes + strides_opcodes
-    # Numbered like this, with one byte for each value that is fetched, no fetched value is one that is put here.
-    if int.from_bytes(puts, "little") != expected or first < 256:
-        return 0
-    if shape is None or stride is None or len(key_text) != length[0] or opcodes > most_opcodes:
-        return 0
-    if not stack or stack[-1] is not names.get(_REBUILD_NAME):
-        return 0
-    ordered_dict = memo.get(hooks_kind[0])
-    if ordered_dict is None or ordered_dict is not names.get(_ORDERED_DICT_NAME):
-        return 0
-    key = key_text.decode("ascii")
-    hooks: dict[Any, Any] = {}
-    pid = memo.get(word[0]), memo.get(kind[0]), key, memo.get(place[0]), _integer(numel)
-    offset = _integer(offset_text)
-    if offset < 0 or len(shape) != len(stride):
-        return 0
+    data, end, at = match.string, match.endpos, match.end()
+    if len(machine.memo) < _FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+        return at, 0
+    rows = [_NOTHING_BEFORE + match.groups(b"")]
+    while len(rows) < MAX_RUN and (found := _next(data, at, end)):
+        rows.append(found.groups(b""))
+        at = found.end()
     try:
-        storage = machine.storage(pid)
+        run = _Run(machine, rows)
     except PickleDefectError:
-        return 0
-    tensor = TensorDescriptor(storage, storage.dtype, shape, stride, offset)
-    args = storage, offset, shape, stride, False, hooks
-    memo[first], memo[first + 1] = key, pid
-    if sizes is None:
-        last = first + 4
-    else:
-        memo[first + 2], memo[first + 3] = shape, stride
-        last = first + 6
-    memo[last - 2], memo[last - 1], memo[last] = hooks, args, tensor
-    machine.ordered[id(hooks)] = hooks
-    machine.work.hooks.append(hooks)
-    machine.tensors.append(tensor)
-    stack[-1] = tensor
-    return opcodes
+        return at, 0
+    if run.opcodes > most_opcodes:
+        return at, 0
+    run.do()
+    return at, run.opcodes
 
 
-@lru_cache(4_096)
+class _UnusualError(PickleDefectError):
+    """Tensors in a row are not, or not surely, what a pickler writes."""
+
+
+class _Run:
+    """Tensors in a row.
+
+    Attributes:
+        opcodes: how many they are.
+
+    Raises:
+        PickleDefectError: they are to be read opcode by opcode; nothing has been changed.
+    """
+
+    def __init__(self, machine: Machine, rows: list[tuple[bytes, ...]]) -> None:
+        self._machine = machine
+        self._first = len(machine.memo)
+        self._columns = columns = _Columns._make(zip(*rows, strict=True))
+        self._check_puts(rows)
+        self._check_lengths()
+        self._check_functions()
+        self._numbers = {text: _integer(text) for text in {*columns.numel, *columns.offset}}
+        if min(self._numbers.values()) < 0:
+            raise _UnusualError("a number of elements or an offset below 0")
+        self._keys = {number: self._key(number) for number in {*columns.near, *columns.far} - {b""}}
+        kinds = set(zip(columns.kind, columns.place, strict=True))
+        self._storage_types = {fetched: self._storage_type(*fetched) for fetched in kinds}
+        sizes = {text: _integers(text) for text in {*columns.shape, *columns.stride}}
+        self._sizes = {text: values for text, (values, _) in sizes.items()}
+        for shape, stride in set(zip(columns.shape, columns.stride, strict=True)):
+            if len(self._sizes[shape]) != len(self._sizes[stride]):
+                raise _UnusualError("a shape and a stride of different lengths")
+        states, names = (len(rows) - column.count(b"") for column in (columns.state_key, columns.text))
+        if states and not self._can_end_state():
+            raise _UnusualError("items that are set on something else than a dict")
+        self.opcodes = (
+            _OPCODES * len(rows) - _OPCODES_BEFORE + _OPCODES_OF_A_STATE * states + _OPCODES_OF_A_NAME * names
+        )
+        self.opcodes += sum(sizes[text][1] for text in chain(columns.shape, columns.stride))
+
+    def _fetched(self, number: bytes) -> Any:
+        return self._machine.memo.get(int.from_bytes(number, "little"))
+
+    def _key(self, number: bytes) -> str:
+        """The key that is fetched: one from before, or the name of a tensor in this row."""
+        columns = self._columns
+        if number in columns.text_put and (row := columns.text_put.index(number)) < columns.far.index(number):
+            return columns.text[row].decode("ascii")
+        key = self._fetched(number)
+        if key.__class__ is not str or len(key) > MAX_KEY_LENGTH:
+            raise _UnusualError("a key that is no text, or too long")
+        return str(key)
+
+    def _storage_type(self, kind: bytes, place: bytes) -> tuple[str, Global, str, str]:
+        """The word, the class and the device of a persistent id, and the dtype."""
+        word, class_, device = (self._fetched(fetched[1:2]) for fetched in (kind, kind[2:], place))
+        return word, class_, device, storage_of((word, class_, "", device, 0), legacy=False).dtype
+
+    def _check_puts(self, rows: list[tuple[bytes, ...]]) -> None:
+        puts = b"".join(chain.from_iterable(map(_puts, rows)))
+        count = len(puts) // 4
+        # Numbered like this, with one byte for each value that is fetched, no fetched value is one that is put here.
+        if puts != struct.pack(f"<{count}I", *range(self._first, self._first + count)):
+            raise _UnusualError("values that are memoized in another order")
+
+    def _check_lengths(self) -> None:
+        columns = self._columns
+        for lengths, texts in ((columns.text_length, columns.text), (columns.key_length, columns.key)):
+            if [*b"".join(lengths)] != [*map(len, filter(None, texts))]:
+                raise _UnusualError("a text of another length")
+
+    def _check_functions(self) -> None:
+        machine, columns = self._machine, self._columns
+        if not all(_is_rebuild(machine, self._fetched(number)) for number in {*columns.function[1:]}):
+            raise _UnusualError("another function than that for tensors")
+        ordered_dict = machine.globals.get((ORDERED_DICT.module, ORDERED_DICT.name))
+        if ordered_dict is None or any(self._fetched(number) is not ordered_dict for number in {*columns.hooks}):
+            raise _UnusualError("hooks that are no OrderedDict")
+
+    def _can_end_state(self) -> bool:
+        machine = self._machine
+        outer = machine.below_marks[-1] if machine.below_marks else []
+        return bool(outer) and outer[-1].__class__ is dict and len(machine.stack) % 2 == 0
+
+    def do(self) -> None:
+        """Does the opcodes."""
+        machine, columns = self._machine, self._columns
+        numbers, types, keys = self._numbers, self._storage_types, self._keys
+        first_of_key, storages, stack = machine.first_of_key, machine.storages, machine.stack
+        memoized: list[Any] = []
+        tensors: list[TensorDescriptor] = []
+        all_hooks: list[dict[Any, Any]] = []
+        stack.pop()  # the function's name
+        for state_key, near, far, text, kind, place, key_text, numel_text, offset_text, sizes, strides in zip(
+            columns.state_key, columns.near, columns.far, columns.text, columns.kind, columns.place,
+            columns.key, columns.numel, columns.offset, columns.shape, columns.stride, strict=True,
+        ):  # fmt: skip
+            if state_key:
+                state: dict[Any, Any] = {}
+                outer = machine.below_marks[-1]
+                machine.work.set_items(outer[-1], stack)
+                outer += _integer(state_key), state
+                memoized.append(state)
+                stack = []
+            if text:
+                name = text.decode("ascii")
+                memoized.append(name)
+                stack.append(name)
+            elif near or far:
+                stack.append(keys[near or far])
+            word, class_, device, dtype = types[kind, place]
+            key, numel, offset = key_text.decode("ascii"), numbers[numel_text], numbers[offset_text]
+            pid = word, class_, key, device, numel
+            if key in first_of_key:
+                storage = machine.storage(pid)
+            else:
+                storage = first_of_key[key] = storages[key] = StorageDescriptor(key, dtype, numel, device)
+            shape, stride = self._sizes[sizes], self._sizes[strides]
+            tensor = TensorDescriptor(storage, dtype, shape, stride, offset)
+            hooks: dict[Any, Any] = {}
+            args = storage, offset, shape, stride, False, hooks
+            memoized += (key, pid, shape, stride, hooks, args, tensor) if sizes else (key, pid, hooks, args, tensor)
+            all_hooks.append(hooks)
+            tensors.append(tensor)
+            stack.append(tensor)
+        machine.stack = stack
+        machine.memo.update(enumerate(memoized, self._first))
+        machine.ordered.update(zip(map(id, all_hooks), all_hooks, strict=True))
+        machine.work.hooks += all_hooks
+        machine.tensors += tensors
+
+
+def _is_rebuild(machine: Machine, value: object) -> bool:
+    return value is not None and value is machine.globals.get(("torch._utils", "_rebuild_tensor_v2"))
+
+
 def _integer(text: bytes) -> int:
     """The value of BININT1, BININT2 or BININT."""
     return int.from_bytes(text[1:], "little", signed=text[0] == 0x4A)
 
 
 @lru_cache(4_096)
-def _integers(text: bytes) -> tuple[tuple[int, ...] | None, int]:
-    """The sizes that opcodes make, and how many they are with the one that memoizes them; None for anything else."""
+def _integers(text: bytes) -> tuple[_Sizes, int]:
+    """The sizes that opcodes make, and how many they are with the one that memoizes them.
+
+    Those of a scalar are EMPTY_TUPLE, which is not memoized: here, no text.
+    """
+    if not text:
+        return (), 1
     values = tuple(_integer(found) for found in _each_integer(text))
     marked = text[0] == 0x28
-    right = marked if text[-1] == 0x74 else not marked and len(values) == text[-1] - 0x84
-    try:
-        return sizes_of(values) if right else None, len(values) + 2 + marked
-    except PickleDefectError:
-        return None, 0
+    if not (marked if text[-1] == 0x74 else not marked and len(values) == text[-1] - 0x84):
+        raise _UnusualError("sizes that are no tuple of them all")
+    return sizes_of(values), len(values) + 2 + marked
 
 
 _each_integer = re.compile(_INTEGER, re.DOTALL).findall
-_NO_SIZES: tuple[tuple[int, ...] | None, int] = (), 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickletools
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from genuine import GENUINE
 from mutations import changed_pickle
 
-from enstack_lightning.checkpoint import inert_pickle
+from enstack_lightning.checkpoint import inert_pickle, pickle_tensors
 from enstack_lightning.checkpoint.inert_pickle import (
     MAX_OPCODES,
     Call,
@@ -51,33 +53,53 @@ def pickled() -> bytes:
             "long": torch.ones(3, 1000, dtype=torch.long),
             "half": torch.ones(3).half(),
             "parameter": torch.nn.Parameter(torch.ones(2, 2)),
-            "state": {"step": torch.tensor(7.0), "exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(5)},
+            "weights": {name: torch.ones(3, 2) for name in ("a.weight", "a.bias", "b-c.weight", "ü", "x" * 300, "d")},
+            "state": {number: moments() for number in (0, 1, 2, 300, 70_000)},
+            "named": {name: moments() for name in ("a.weight", "a.bias")},
         }
     )
 
 
+def moments() -> dict[str, torch.Tensor]:
+    return {"step": torch.tensor(7.0), "exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(5)}
+
+
+@pytest.fixture(scope="module")
+def in_a_row() -> tuple[bytes, int]:
+    """A pickle that ends with tensors in a row, and where they begin."""
+    state = {number: {"step": torch.tensor(7.0), "exp_avg": torch.ones(5)} for number in range(3)}
+    weights = {"a": torch.ones(2), "b.weight": torch.ones(2, 2), "b.bias": torch.ones(2)}
+    data = torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, **weights, "state": state})
+    return data, data.index(b"value 255")
+
+
 class Reads:
-    """How often a tensor was read in one step."""
+    """How many tensors were read otherwise than opcode by opcode, and in how many steps."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.in_one_step = inert_pickle.read_tensor
-        self.matches = inert_pickle.tensor_call
+        self.count = self.steps = 0
+        self.in_one_step = inert_pickle.read_tensors
 
-    def __call__(self, *args: Any) -> int:
-        opcodes = self.in_one_step(*args)
-        self.count += opcodes > 0
-        return opcodes
+    def __call__(self, machine: Any, *args: Any) -> tuple[int, int]:
+        known = len(machine.tensors)
+        at, opcodes = self.in_one_step(machine, *args)
+        self.count += len(machine.tensors) - known
+        self.steps += opcodes > 0
+        return at, opcodes
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     reads = Reads()
-    monkeypatch.setattr(inert_pickle, "read_tensor", reads)
+    monkeypatch.setattr(inert_pickle, "read_tensors", reads)
     return reads
 
 
-def outcome(pickled: bytes, max_opcodes: int = MAX_OPCODES) -> object:
+OUTCOME = 6
+"""Parts of the outcome of a pickle that can be read; another number are those of one that cannot."""
+
+
+def outcome(pickled: bytes, max_opcodes: int = MAX_OPCODES) -> tuple[object, ...]:
     """All that reading a pickle tells, the sharing of what can be changed included."""
     try:
         read = read_pickle(pickled, max_opcodes)
@@ -117,9 +139,96 @@ def test_every_tensor_of_a_known_type_is_read_in_one_step(pickled: bytes, reads:
     assert_alike(pickled)
 
 
+def test_tensors_in_a_row_are_read_in_one_step(in_a_row: tuple[bytes, int], reads: Reads) -> None:
+    read_pickle(in_a_row[0])
+    assert (reads.count, reads.steps) == (9, 2)
+
+
+def test_every_byte_of_tensors_in_a_row_changed(in_a_row: tuple[bytes, int]) -> None:
+    pickled, begin = in_a_row
+    for at in range(begin, len(pickled)):
+        for change in (0x01, 0x02, 0x10, 0x80, 0xFF):
+            changed = bytearray(pickled)
+            changed[at] ^= change
+            assert_alike(bytes(changed))
+
+
+def test_a_limit_of_opcodes_within_tensors_in_a_row(in_a_row: tuple[bytes, int]) -> None:
+    pickled, _ = in_a_row
+    opcodes = sum(1 for _ in pickletools.genops(pickled)) - 1  # without PROTO
+    ends = [len(outcome(pickled, most)) for most in range(opcodes - 300, opcodes + 2)]
+    assert ends.index(OUTCOME) == 300, "the last opcode that is needed is the last one counted"
+    for most in range(opcodes - 300, opcodes + 2):
+        assert_alike(pickled, most)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"K\x00",  # a key twice
+        b"M\x00\x00",
+        b"J\xff\xff\xff\xff",
+        b"N",
+        b"X\x01\0\0\0a",
+    ],
+)
+def test_odd_keys_of_an_optimizers_states(in_a_row: tuple[bytes, int], state: bytes) -> None:
+    pickled, begin = in_a_row
+    at = pickled.index(b"uK\x02}r", begin) + 1
+    assert_alike(pickled[:at] + state + pickled[at + 2 :])
+
+
+def test_a_key_that_is_named_later_or_not_at_all(in_a_row: tuple[bytes, int]) -> None:
+    pickled, begin = in_a_row
+    step, average = (
+        re.search(rb"X.\0\0\0" + name + rb"r(....)", pickled, re.DOTALL)[1] for name in (b"step", b"exp_avg")
+    )
+    uses = [m.start(1) for m in re.finditer(rb"j(....)h", pickled[begin:], re.DOTALL)]
+    assert len(uses) == 4
+    for use in uses:
+        for other in (step, average, b"\x01\0\0\0", pickled[-8:-4], b"\xff\xff\0\0", *numbers_beside(step)):
+            at = begin + use
+            assert_alike(pickled[:at] + other + pickled[at + 4 :])
+
+
+def numbers_beside(number: bytes) -> list[bytes]:
+    (value,) = struct.unpack("<I", number)
+    return [struct.pack("<I", value + more) for more in range(-30, 60)]
+
+
+def test_a_key_too_long_and_states_that_are_none(in_a_row: tuple[bytes, int]) -> None:
+    pickled, begin = in_a_row
+    long = b"X" + struct.pack("<I", 9_000) + b"s" * 9_000
+    assert_alike(pickled.replace(b"X\x04\0\0\0step", long))
+    before = pickled.index(b"X\x05\0\0\0state", begin)
+    at = pickled.index(b"}", before)
+    for other in (b"]", b"N", b")", b"h\0"):
+        assert_alike(pickled[:at] + other + pickled[at + 1 :])
+    for extra in (b"K\x01", b"N0"):  # one value more than pairs in a parameter's state
+        at = pickled.index(b"(X\x04\0\0\0step", before) + 1
+        assert_alike(pickled[:at] + extra + pickled[at:])
+
+
+def test_rows_that_are_refused_again_and_again_take_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is looked at once: that its last tensor is odd must not have all before it looked at at each of them."""
+    count = 300
+    weights = {f"w{n}": torch.ones(2) for n in range(count)}
+    pickled = torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, **weights})
+    last = list(inert_pickle.tensor_call.__self__.finditer(pickled))[-1]
+    odd = pickled[: last.start(4)] + b"\xff\xff\0\0" + pickled[last.end(4) :]
+    looked = []
+    following = pickle_tensors._next
+    monkeypatch.setattr(pickle_tensors, "_next", lambda *args: looked.append(1) or following(*args))
+    assert_alike(odd)
+    assert count - 1 <= len(looked) < 2 * count
+
+
 def test_the_memo_is_the_same_afterwards(pickled: bytes) -> None:
-    fetched = b"".join(b"j" + struct.pack("<I", n) for n in range(1, 256 + 90))
-    assert_alike(pickled[:-1] + b"(" + fetched + b"t\x86.")
+    numbers = [arg for opcode, arg, _ in pickletools.genops(pickled) if opcode.name.endswith("BINPUT")]
+    fetched = b"".join(b"j" + struct.pack("<I", n) for n in numbers)
+    everything = pickled[:-1] + b"(" + fetched + b"t\x86."
+    assert len(outcome(everything)) == OUTCOME
+    assert_alike(everything)
 
 
 def test_a_limit_of_opcodes_ends_the_reading_at_the_same_one(pickled: bytes) -> None:
@@ -194,10 +303,11 @@ def test_what_stands_elsewhere_in_the_memo_is_left_to_the_machine(pickled: bytes
     calls = list(inert_pickle.tensor_call.__self__.finditer(pickled))
     assert len(calls) > 10
     call = calls[3]
-    for group in (1, 2, 3, 6, 14):
+    fetched = [call.start(1) + 1, call.start(1) + 3, call.start(2), call.start(5) + 1, call.start(13)]
+    for at in fetched:
         for value in range(0, 256, 3):
-            assert_alike(pickled[: call.start(group)] + bytes([value]) + pickled[call.end(group) :])
-    for group in (5, 8, 11, 13, 15, 16, 17):
+            assert_alike(pickled[:at] + bytes([value]) + pickled[at + 1 :])
+    for group in (4, 7, 10, 12, 14, 15, 16):
         for number in (0, 5, 255, 256, 300, 2**31, 2**32 - 1):
             put = struct.pack("<I", number)
             assert_alike(pickled[: call.start(group)] + put + pickled[call.end(group) :])
