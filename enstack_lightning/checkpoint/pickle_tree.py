@@ -61,6 +61,13 @@ def _inner_of_dict(container: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
         yield key, value
 
 
+def _is_flat(container: Any) -> bool:
+    """Whether no container lies in this one, as far as that shows at once."""
+    if container.__class__ is dict:
+        return CONTAINERS.isdisjoint(map(type, container)) and CONTAINERS.isdisjoint(map(type, container.values()))
+    return container.__class__ is not Call and CONTAINERS.isdisjoint(map(type, container))
+
+
 def untangled(root: Any, shared: dict[int, int]) -> tuple[Any, int]:
     """The value with a `Loop` wherever it referred back into itself, and how many there are.
 
@@ -81,6 +88,9 @@ def untangled(root: Any, shared: dict[int, int]) -> tuple[Any, int]:
                 top.values += 1
                 continue
             seen = shared.get(id(value))
+            if seen is None and _is_flat(value):
+                _add_inner(top, 1 + len(value), 1, len(path))
+                continue
             if seen is None or seen == UNSEEN:
                 break
             if seen == _OPEN:

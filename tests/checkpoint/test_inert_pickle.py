@@ -25,6 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enstack_lightning.checkpoint import pickle_tree
 from enstack_lightning.checkpoint.facts import OddityKind
 from enstack_lightning.checkpoint.inert_pickle import (
     DTYPE_BYTES,
@@ -452,6 +453,17 @@ def test_depth_up_to_the_limit_is_read_and_counts_shared_parts() -> None:
 def test_doubling_is_a_defect() -> None:
     doubling = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
     pickled = b"\x80\x02(K\x01\x85q\x00" + doubling + b"t."
+    assert "each counted wherever" in str(defect(pickled))
+
+
+@pytest.mark.parametrize("last", [{"a": 1, "b": 2}, [1, (2, 3)], (1, 2), {1, 2}, {(1, 2): 3}, {"a": {"b": 1}}])
+def test_every_value_counts(last: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickled = pickle.dumps([0, [1], last], 4)
+    inner = list(last.values()) if isinstance(last, dict) else list(last)
+    count = 1 + 1 + 2 + 1 + sum(walked(v) for v in inner) + 3 * isinstance(next(iter(last)), tuple)
+    monkeypatch.setattr(pickle_tree, "MAX_VALUES", count)
+    assert read_pickle(pickled)
+    monkeypatch.setattr(pickle_tree, "MAX_VALUES", count - 1)
     assert "each counted wherever" in str(defect(pickled))
 
 
