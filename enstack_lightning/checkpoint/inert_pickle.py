@@ -43,6 +43,7 @@ from enstack_lightning.checkpoint.pickle_values import (
     Unpickled,
     Work,
 )
+from enstack_lightning.checkpoint.pickle_versions import read_versions, versions_in_a_row
 
 __all__ = [
     "DTYPE_BYTES",
@@ -231,6 +232,13 @@ class _Machine:
                             self.set_item(target, key, value)
                     elif opcode == 0x7D:  # EMPTY_DICT
                         stack.append({})
+                        match = versions_in_a_row(data, at, end) if at >= one_by_one else None
+                        if match is not None:
+                            one_by_one, opcodes = match.end(), read_versions(self, match, left - step)
+                            if opcodes:
+                                at = one_by_one
+                                left -= step + opcodes
+                                break
                     elif opcode == 0x4A:  # BININT
                         stack.append(int32(data, at)[0])
                         at += 4

@@ -89,7 +89,7 @@ class _Columns(NamedTuple):
 _NOTHING_BEFORE = (b"",) * _Columns._fields.index("kind")
 _puts = itemgetter(*(number for number, name in enumerate(_Columns._fields) if name.endswith("_put")))
 
-_FIRST_OF_FOUR_BYTES = 256
+FIRST_OF_FOUR_BYTES = 256
 _OPCODES = 23
 """Of a tensor with its key and its function, besides those that make its sizes and these:"""
 _OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
@@ -127,7 +127,7 @@ def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) ->
         PickleDefectError: as the machine would.
     """
     data, end, at = match.string, match.endpos, match.end()
-    if len(machine.memo) < _FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+    if len(machine.memo) < FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
         return at, 0
     rows = [_NOTHING_BEFORE + match.groups(b"")]
     while len(rows) < MAX_RUN and (found := _next(data, at, end)):

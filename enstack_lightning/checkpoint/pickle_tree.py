@@ -61,11 +61,13 @@ def _inner_of_dict(container: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
         yield key, value
 
 
-def _is_flat(container: Any) -> bool:
-    """Whether no container lies in this one, as far as that shows at once."""
-    if container.__class__ is dict:
-        return CONTAINERS.isdisjoint(map(type, container)) and CONTAINERS.isdisjoint(map(type, container.values()))
-    return container.__class__ is not Call and CONTAINERS.isdisjoint(map(type, container))
+def _flat_length(container: Any) -> int:
+    """How many values lie in a container in which no other container lies; 0 for any other."""
+    if container.__class__ is Call or not CONTAINERS.isdisjoint(map(type, container)):
+        return 0
+    if container.__class__ is dict and not CONTAINERS.isdisjoint(map(type, container.values())):
+        return 0
+    return len(container)
 
 
 def untangled(root: Any, shared: dict[int, int]) -> tuple[Any, int]:
@@ -88,8 +90,8 @@ def untangled(root: Any, shared: dict[int, int]) -> tuple[Any, int]:
                 top.values += 1
                 continue
             seen = shared.get(id(value))
-            if seen is None and _is_flat(value):
-                _add_inner(top, 1 + len(value), 1, len(path))
+            if seen is None and (flat := _flat_length(value)):
+                _add_inner(top, 1 + flat, 1, len(path))
                 continue
             if seen is None or seen == UNSEEN:
                 break

@@ -38,6 +38,8 @@ def torch_pickle(value: object) -> bytes:
 def pickled() -> bytes:
     """Tensors of many kinds, behind as many values as it takes for their numbers in the memo to have four bytes."""
     weight = torch.ones(300, 4)
+    inner = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.ReLU())
+    module = torch.nn.ModuleDict({"encoder": inner, "of one-": torch.nn.ReLU(), "last": torch.nn.Linear(2, 1)})
     return torch_pickle(
         {
             "first": torch.ones(2),
@@ -56,6 +58,7 @@ def pickled() -> bytes:
             "weights": {name: torch.ones(3, 2) for name in ("a.weight", "a.bias", "b-c.weight", "ü", "x" * 300, "d")},
             "state": {number: moments() for number in (0, 1, 2, 300, 70_000)},
             "named": {name: moments() for name in ("a.weight", "a.bias")},
+            "module": module.state_dict(),
         }
     )
 
@@ -69,8 +72,14 @@ def in_a_row() -> tuple[bytes, int]:
     """A pickle that ends with tensors in a row, and where they begin."""
     state = {number: {"step": torch.tensor(7.0), "exp_avg": torch.ones(5)} for number in range(3)}
     weights = {"a": torch.ones(2), "b.weight": torch.ones(2, 2), "b.bias": torch.ones(2)}
-    data = torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, **weights, "state": state})
+    many = {f"value {n}": n for n in range(256)}
+    data = torch_pickle({"first": torch.ones(2), **many, **weights, "state": state, "module": module().state_dict()})
     return data, data.index(b"value 255")
+
+
+def module() -> torch.nn.Module:
+    layers = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.ReLU())
+    return torch.nn.ModuleDict({"encoder": layers, "head": torch.nn.Linear(1, 1)})
 
 
 class Reads:
@@ -129,6 +138,7 @@ def assert_alike(pickled: bytes, max_opcodes: int = MAX_OPCODES) -> None:
     fast = outcome(pickled, max_opcodes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inert_pickle, "tensor_call", lambda *args: None)
+        patch.setattr(inert_pickle, "versions_in_a_row", lambda *args: None)
         assert outcome(pickled, max_opcodes) == fast
 
 
@@ -141,7 +151,16 @@ def test_every_tensor_of_a_known_type_is_read_in_one_step(pickled: bytes, reads:
 
 def test_tensors_in_a_row_are_read_in_one_step(in_a_row: tuple[bytes, int], reads: Reads) -> None:
     read_pickle(in_a_row[0])
-    assert (reads.count, reads.steps) == (9, 2)
+    assert (reads.count, reads.steps) == (11, 3)
+
+
+def test_versions_of_layers_are_read_in_one_step(in_a_row: tuple[bytes, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    opcodes, in_one_step = [], inert_pickle.read_versions
+    monkeypatch.setattr(inert_pickle, "read_versions", lambda *args: opcodes.append(in_one_step(*args)) or opcodes[-1])
+    read_pickle(in_a_row[0])
+    layers = len(list(module().modules()))
+    # The names of the root, which is empty, and of the first layer stand before what is matched.
+    assert opcodes == [7 * (layers - 1) - 3]
 
 
 def test_every_byte_of_tensors_in_a_row_changed(in_a_row: tuple[bytes, int]) -> None:
@@ -183,7 +202,7 @@ def test_a_key_that_is_named_later_or_not_at_all(in_a_row: tuple[bytes, int]) ->
     step, average = (
         re.search(rb"X.\0\0\0" + name + rb"r(....)", pickled, re.DOTALL)[1] for name in (b"step", b"exp_avg")
     )
-    uses = [m.start(1) for m in re.finditer(rb"j(....)h", pickled[begin:], re.DOTALL)]
+    uses = [m.start(1) for m in re.finditer(rb"j(....)h.\(\(", pickled[begin:], re.DOTALL)]
     assert len(uses) == 4
     for use in uses:
         for other in (step, average, b"\x01\0\0\0", pickled[-8:-4], b"\xff\xff\0\0", *numbers_beside(step)):

@@ -1,0 +1,63 @@
+r"""Reads the versions of a module's layers in one step: `state_dict()._metadata` has an entry for each layer.
+
+Behind the first EMPTY_DICT, in protocol 2 when 256 values have been memoized; `#n` is the n-th from here on:
+
+    #0  LONG_BINGET 'version'  BININT1 1  SETITEM
+    BINUNICODE 'encoder.layer.0' #1  EMPTY_DICT #2  LONG_BINGET 'version'  BININT1 1  SETITEM
+    BINUNICODE …
+
+As in `pickle_tensors`, what is not written exactly so is left to the machine.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from itertools import chain
+from operator import itemgetter
+
+from enstack_lightning.checkpoint.pickle_tensors import FIRST_OF_FOUR_BYTES, Machine
+from enstack_lightning.checkpoint.pickle_values import MAX_KEY_LENGTH
+
+versions_in_a_row = re.compile(
+    rb"r....j....K.s(?:X.\0\0\0[\w.]+r....\}r....j....K.s){0,9999}+",  # possessive, and so without memory for each
+    re.DOTALL,
+).match
+_each = re.compile(rb"(?:X(.)\0\0\0([\w.]+)r(....)\})?r(....)j(....)K(.)s", re.DOTALL).findall
+_puts = itemgetter(2, 3)
+
+_OPCODES, _OPCODES_BEFORE = 7, 3
+_BYTES, _BYTES_BESIDE_NAME = len(b"r....j....K.s"), len(b"X....r....}")
+
+
+def read_versions(machine: Machine, match: re.Match[bytes], most_opcodes: int) -> int:
+    """Does the opcodes of a match of `versions_in_a_row`; the dict of the first stands on the machine's stack.
+
+    Returns:
+        How many they are; 0 when they are to be read one by one, and nothing has been done.
+    """
+    memo, stack = machine.memo, machine.stack
+    rows = _each(match.string, match.start(), match.end())
+    lengths, texts, _, _, fetched, _ = zip(*rows, strict=True)
+    opcodes = _OPCODES * len(rows) - _OPCODES_BEFORE
+    of_names = sum(map(len, texts)) + _BYTES_BESIDE_NAME * (len(rows) - 1)
+    if opcodes > most_opcodes or _BYTES * len(rows) + of_names != match.end() - match.start():
+        return 0
+    if [*b"".join(lengths)] != [*map(len, texts[1:])]:
+        return 0
+    first = len(memo)
+    puts = b"".join(chain.from_iterable(map(_puts, rows)))
+    numbers = range(first, first + len(puts) // 4)
+    if first < FIRST_OF_FOUR_BYTES or puts != struct.pack(f"<{len(numbers)}I", *numbers):
+        return 0
+    keys = {number: memo.get(int.from_bytes(number, "little")) for number in set(fetched)}
+    if not all(key.__class__ is str and len(key) <= MAX_KEY_LENGTH for key in keys.values()):
+        return 0
+    values = [{keys[number]: value[0]} for *_, number, value in rows]
+    stack[-1].update(values[0])
+    named = list(zip((text.decode("ascii") for text in texts[1:]), values[1:], strict=True))
+    memoized = stack[-1:]
+    memoized += chain.from_iterable(named)
+    stack += memoized[1:]
+    memo.update(zip(numbers, memoized, strict=True))
+    return opcodes
