@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -26,10 +26,10 @@ from enstack_lightning.guard.live import (
     Configured,
     configured,
     learning_rates,
-    loaded_facts,
+    loaded_as_judged,
+    named_parameters,
     run_entries,
     run_of,
-    same_content,
     settings_before_restoring,
     trainer_facts,
     versions,
@@ -267,11 +267,13 @@ class CheckpointGuard(Callback):
         if judged is not None and judged.facts.format is Format.SHARDED:
             loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
         else:
-            loaded = loaded_facts(checkpoint, path)
+            known = judged.facts if judged is not None else None
+            loaded, is_as_judged = loaded_as_judged(checkpoint, path, known)
             if self.repair and trainer.state.fn == FITTING:
                 self.repairs = repair_checkpoint(checkpoint, trainer, loaded)
-                loaded = loaded_facts(checkpoint, path) if self.repairs else loaded
-            if judged is None or not same_content(judged.facts, loaded):
+                if self.repairs:
+                    loaded, is_as_judged = loaded_as_judged(checkpoint, path, known)
+            if not is_as_judged:
                 report = report_on(lambda: loaded, path, self._options_for(trainer))
                 self._stop_if_refused(self._before_repair(trainer, report))
         forget_renamed(checkpoint, self._decision.set_aside)
@@ -303,19 +305,20 @@ class CheckpointGuard(Callback):
             self._restart.count_batches_of_another_size()
         if self._loaded is not None and self._is_position_lost(trainer):
             self._loaded = dataclasses.replace(self._loaded, loader_position=False)
-        self._run = run_of(trainer, self._given)
+        named = named_parameters(trainer)
+        self._run = run_of(trainer, self._given, named)
         self._health.start(trainer, self._checkpoint_io)
         self._stop_watching_steps = watch_steps(trainer)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded
         if self.repair:
-            live = trainer_facts(trainer, path, loaded, self._run)
+            live = trainer_facts(trainer, path, loaded, self._run, named)
             self.repairs += repair_trainer(trainer, loaded, live)
             loaded = as_repaired(loaded, live, self.repairs)
             for repair in self.repairs:
                 rank_zero_info(str(repair))
-        facts = trainer_facts(trainer, path, loaded, self._run)
+        facts = trainer_facts(trainer, path, loaded, self._run, named)
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
@@ -323,17 +326,22 @@ class CheckpointGuard(Callback):
             # What the module sets in its own hook, which comes next, is compared with what it held at the save.
             self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
         else:
-            self._say_what_is_resumed(trainer, self.report, *rates)
+            self._say_what_is_resumed(trainer, self.report, *rates, named)
         self._stop_everywhere_if_refused(trainer, self.report)
         log_scalars(trainer, resume_scalars(self.report, *rates))
         for finding in self.report.of(Severity.WARNING):
             rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
 
     def _say_what_is_resumed(
-        self, trainer: Trainer, report: Report, before: tuple[float, ...], after: tuple[float, ...]
+        self,
+        trainer: Trainer,
+        report: Report,
+        before: tuple[float, ...],
+        after: tuple[float, ...],
+        named: Mapping[str, Tensor] | None = None,
     ) -> None:
         with self._restart.explained() if self._restart is not None else nullcontext():
-            lost = lost_guarantees(report, self._restart, trainer)
+            lost = lost_guarantees(report, self._restart, trainer, named)
         for line in resume_lines(report, before, after, lost):
             rank_zero_info(line)
 

@@ -14,7 +14,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, RunFacts, SchedulerFacts
-from enstack_lightning.checkpoint.readers.lightning import lightning_facts, progress_facts
+from enstack_lightning.checkpoint.readers.lightning import (
+    lightning_content,
+    lightning_facts,
+    progress_facts,
+    with_defects,
+)
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
@@ -71,22 +76,45 @@ def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
     return lightning_facts(checkpoint, path, _scalar)
 
 
-def same_content(judged: Facts, loaded: Facts) -> bool:
-    """Whether what was loaded is what was judged in the file; hooks of a module may have changed it on the way."""
+def loaded_as_judged(checkpoint: Mapping[str, Any], path: str, judged: Facts | None) -> tuple[Facts, bool]:
+    """Facts of the dict that was loaded, and whether it holds what was judged in the file.
+
+    Its defects are looked for where it does not: hooks of a module may have changed it on the way.
+    """
+    loaded = lightning_content(checkpoint, path, _scalar, judged.tensors if judged is not None else ())
+    if judged is not None and _same_content(judged, loaded):
+        return loaded, True
+    return with_defects(loaded, checkpoint), False
+
+
+def _same_content(judged: Facts, loaded: Facts) -> bool:
     names = ("progress", "optimizers", "schedulers", "tensors", "run", "hyper_parameters", "callbacks", "model_only")
     same_entries = judged.fields.keys() == loaded.fields.keys()
     return same_entries and all(getattr(judged, name) == getattr(loaded, name) for name in names)
 
 
-def trainer_facts(trainer: Trainer, path: str, loaded: Facts, run: RunFacts | None = None) -> Facts:
+def named_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The module's parameters by name; gone through once for all who need them, as a large module takes long."""
+    return dict(trainer.lightning_module.named_parameters())
+
+
+def trainer_facts(
+    trainer: Trainer,
+    path: str,
+    loaded: Facts,
+    run: RunFacts | None = None,
+    named: Mapping[str, torch.Tensor] | None = None,
+) -> Facts:
     """Facts of a Trainer whose loops, optimizers and schedulers are restored (from `on_train_start` on).
 
     Args:
         loaded: the facts of the checkpoint it was restored from, with which the rules compare these.
         run: what `run_of` says, where it is known already.
+        named: `named_parameters`, likewise.
     """
-    run = run or run_of(trainer)
-    names = {} if _flattens(trainer) else _names(dict(trainer.lightning_module.named_parameters()))
+    named = named_parameters(trainer) if named is None else named
+    run = run or run_of(trainer, named=named)
+    names = {} if _flattens(trainer) else _names(named)
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
@@ -112,11 +140,17 @@ def trainer_facts(trainer: Trainer, path: str, loaded: Facts, run: RunFacts | No
     )
 
 
-def run_of(trainer: Trainer, given: Configured | None = None) -> RunFacts:
+def run_of(
+    trainer: Trainer, given: Configured | None = None, named: Mapping[str, torch.Tensor] | None = None
+) -> RunFacts:
     """What the run is set to do; known in full once the training loader exists.
 
     Nothing here makes that loader: `Trainer.estimated_stepping_batches` would, before its position is restored, which
     is then lost (`RunFacts.total_steps` reckons the same).
+
+    Args:
+        given: what the optimizers and schedulers were made with.
+        named: `named_parameters`, where they are known already.
     """
     batches = trainer.num_training_batches
     # Each rank may have a share of the data as its own dataset: what is recorded and compared is that of rank 0.
@@ -135,7 +169,7 @@ def run_of(trainer: Trainer, given: Configured | None = None) -> RunFacts:
         scheduler_options=given.schedulers if given else (),
         optimizer_kinds=tuple(type(o).__name__ for o in trainer.optimizers),
         optimizer_options=given.optimizers if given else (),
-        **_parameters(trainer),
+        **_parameters(trainer, named_parameters(trainer) if named is None else named),
         batch_size=data.batch_size,
         dataset_rows=data.rows,
         dataset_fingerprint=data.fingerprint,
@@ -169,7 +203,7 @@ def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[s
         run = dataclasses.replace(run, scheduler_options=held.scheduler_options)
     if [len(o.param_groups) for o in trainer.optimizers] != [len(o) for o in run.optimizer_options]:
         run = dataclasses.replace(run, optimizer_options=())  # groups that joined later were made by no configuration
-    run = dataclasses.replace(run, **_parameters(trainer))
+    run = dataclasses.replace(run, **_parameters(trainer, named_parameters(trainer)))
     return {name: _listed(value) for name, value in vars(run).items()}
 
 
@@ -184,9 +218,8 @@ def _hyper_parameters(module: Any) -> Mapping[str, Any]:
     return plain(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {}
 
 
-def _parameters(trainer: Trainer) -> dict[str, Any]:
+def _parameters(trainer: Trainer, named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Name and shape of every parameter in its place, as a few hexadecimal digits, and how many are trained."""
-    named = dict(trainer.lightning_module.named_parameters())
     names = _names(named)
     digests = tuple(
         tuple("".join(_digits(p, names) for p in group["params"]) for group in optimizer.param_groups)
@@ -262,7 +295,7 @@ def _optimizer(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> Op
     names, shapes = {}, {}
     for group, live in zip(facts.groups, optimizer.param_groups, strict=False):
         for key, parameter in _paired(group.params, live["params"]):
-            names[key] = known.get(id(parameter), f"parameter {key}")
+            names[key] = known.get(id(parameter)) or f"parameter {key}"
             shapes[key] = tuple(parameter.shape)
     return dataclasses.replace(facts, names=names, shapes=shapes)
 

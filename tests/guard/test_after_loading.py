@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
 from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.guard.live import loaded_as_judged, loaded_facts
 
 EPOCHS = 4
 ROWS, BATCH_SIZE = 20, 4
@@ -724,6 +725,52 @@ def test_other_parameters_in_the_same_places_are_a_warning(plain: Path) -> None:
         "warning optimizer 0: 2 of 4 parameters are not those that were saved; parameter 0 is encoder.weight and was "
         "one of another name or shape" in said(report, "CK913")
     )
+
+
+def of_the_optimizer(checkpoint: dict[str, Any]) -> dict[int, Any]:
+    state: dict[int, Any] = checkpoint["optimizer_states"][0]["state"]
+    return state
+
+
+CHANGES_AFTER_LOADING: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a weight's dtype": lambda c: c["state_dict"].update({"first.bias": c["state_dict"]["first.bias"].half()}),
+    "a weight's shape": lambda c: c["state_dict"].update({"first.bias": torch.zeros(7)}),
+    "a weight's name": lambda c: c["state_dict"].update({"bias": c["state_dict"].pop("first.bias")}),
+    "a weight more": lambda c: c["state_dict"].update({"more": torch.zeros(7)}),
+    "a weight less": lambda c: c["state_dict"].pop("first.bias"),
+    "the order of the weights": lambda c: c["state_dict"].update({"first.bias": c["state_dict"].pop("first.bias")}),
+    "an entry more": lambda c: c.update(more=1),
+    "a step": lambda c: of_the_optimizer(c)[0].update(step=torch.tensor(1.0)),
+    "a step that is none": lambda c: of_the_optimizer(c)[0].update(step=torch.zeros(2)),
+    "a moment's shape": lambda c: of_the_optimizer(c)[0].update(exp_avg=torch.zeros(7)),
+    "a moment less": lambda c: of_the_optimizer(c)[0].pop("exp_avg"),
+    "a learning rate": lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr=0.5),
+    "a counter": lambda c: c["loops"]["fit_loop"]["epoch_progress"]["current"].update(processed=9),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER_LOADING.values(), ids=CHANGES_AFTER_LOADING)
+def test_what_a_hook_changes_after_loading_is_not_as_judged(change: Callable[..., object], plain: Path) -> None:
+    checkpoint, judged = torch.load(plain), verify_checkpoint(plain).facts
+    assert loaded_as_judged(checkpoint, str(plain), judged)[1]
+    change(checkpoint)
+    loaded, is_as_judged = loaded_as_judged(checkpoint, str(plain), judged)
+    assert not is_as_judged
+    assert loaded == loaded_facts(checkpoint, str(plain)), "its defects are looked for"
+
+
+def test_what_was_never_judged_is_judged_when_loaded(plain: Path) -> None:
+    checkpoint = torch.load(plain)
+    assert loaded_as_judged(checkpoint, str(plain), None) == (loaded_facts(checkpoint, str(plain)), False)
+
+
+def test_a_hook_that_puts_a_wrong_form_into_the_checkpoint_is_refused(plain: Path) -> None:
+    class Damages(Net):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            of_the_optimizer(checkpoint)[0]["step"] = torch.zeros(2)
+
+    with pytest.raises(CheckpointGuardError, match="step is a tensor of shape"):
+        resume(plain, Damages())
 
 
 class ByHand(Net):

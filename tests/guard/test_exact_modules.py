@@ -387,6 +387,16 @@ class Totals(Counts):
         self.total += loss
 
 
+class TotalsInside(Counts):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.inner = torch.nn.ModuleList([torch.nn.Identity()])
+        self.inner[0].register_buffer("total", torch.zeros(2), persistent=False)
+
+    def change(self, loss: Tensor) -> None:
+        self.inner[0].total += loss  # type: ignore[operator]
+
+
 class SetsAnew(Counts):
     def change(self, loss: Tensor) -> None:
         self.last = float(torch.tensor(0.5))
@@ -404,6 +414,7 @@ class SetsAnew(Counts):
         (HoldsBest, "self.best held other values"),
         (HidesMetric, "self.hidden held other values"),
         (Totals, "the buffer total held other values"),
+        (TotalsInside, "the buffer inner.0.total held other values"),
         (SetsAnew, "self.last was 0.5 and is not set"),
     ],
 )

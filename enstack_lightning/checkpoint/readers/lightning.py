@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts, TensorFacts
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, misshapen, must_be, shown_value
 from enstack_lightning.checkpoint.readers.states import (
@@ -66,6 +66,17 @@ def read_lightning(archive: TorchArchive, path: str) -> Facts:
 
 def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) -> Facts:
     """Facts of the dict that a Lightning checkpoint holds, symbolic or loaded."""
+    return with_defects(lightning_content(checkpoint, path, read_scalar), checkpoint)
+
+
+def lightning_content(
+    checkpoint: object, path: str, read_scalar: ScalarReader, known: Iterable[TensorFacts] = ()
+) -> Facts:
+    """The same without its defects, for a comparison with facts that were judged; what differs needs `with_defects`.
+
+    Args:
+        known: of the weights, where facts of the same were made before.
+    """
     if not isinstance(checkpoint, Mapping):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
@@ -74,9 +85,8 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
-        defects=(*misshapen(checkpoint, "optimizer_states", "lr_schedulers"), *_unloadable(checkpoint)),
         fields=field_types(checkpoint),
-        tensors=tensors_of(checkpoint.get("state_dict")),
+        tensors=tensors_of(checkpoint.get("state_dict"), known),
         progress=progress_facts(checkpoint),
         optimizers=optimizers,
         schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),
@@ -93,6 +103,14 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
         moment=moment if isinstance(moment, str) else None,
         part_gradients=_of_all_ranks(guard, "gradients"),
     )
+
+
+def with_defects(facts: Facts, checkpoint: object) -> Facts:
+    """The facts of a Lightning checkpoint's dict with its defects: entries of the wrong form, and what ends a load."""
+    if not isinstance(checkpoint, Mapping):
+        return facts
+    defects = (*misshapen(checkpoint, "optimizer_states", "lr_schedulers"), *_unloadable(checkpoint))
+    return dataclasses.replace(facts, defects=defects)
 
 
 def _of_all_ranks(guard: object, name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from enstack_lightning.checkpoint.facts import Defect, DefectKind
 
 _INT64_LIMIT = 2**63
+_KEYS, _MAPPINGS = (int, str), (dict, Mapping)
 _COUNTERS = ("ready", "started", "processed", "completed")
 _EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
 _OF_TORCH = ("amsgrad", "dampening", "differentiable", "foreach", "history_size", "maximize", "ns_steps")
@@ -80,7 +81,7 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
         yield must_be(f"{where}.state", states, "a dict")
         return
     for key, state in states.items():
-        if isinstance(state, Mapping):
+        if isinstance(state, _MAPPINGS):
             if "step" in state and _not_a_step(state["step"], ""):  # many, so that their places are named only then
                 yield from _not_a_step(state["step"], f"{where}.state[{shown_value(key):.20}].step")
         elif isinstance(key, int):
@@ -88,7 +89,7 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
 
 
 def _in_group(group: Mapping[Any, Any], where: str) -> Iterator[str]:
-    odd = [p for p in group["params"] if not isinstance(p, int | str)]
+    odd = [p for p in group["params"] if not isinstance(p, _KEYS)]
     if odd:
         yield must_be(f"{where}.params", odd[0], "a list of numbers or names")
     for name in ("lr", "initial_lr", "max_lr", "weight_decay"):

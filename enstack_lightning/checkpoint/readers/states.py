@@ -32,6 +32,10 @@ _OF_OPTIMIZERS_WITH_STATE = frozenset(
 """Options of a param group that only optimizers have which keep state after their first step, from the first on:
 Adam and its kin, RMSprop, Adadelta, Rprop, ASGD, Adafactor (torch's and transformers'), Adagrad."""
 _OWN_FIELDS = frozenset(("params", "lr", "initial_lr", "max_lr"))
+_KEYS = (int, str)
+"""How an optimizer names its parameters."""
+_MAPPINGS = (dict, Mapping)
+"""What almost every mapping is comes first, for an abstract class takes long to say yes."""
 
 
 def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[OptimizerFacts, ...] | None:
@@ -53,13 +57,14 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
     states = states if isinstance(states, Mapping) else {}
     steps, moments, unusable = {}, {}, []
     for key, state in states.items():
-        if not isinstance(state, Mapping):
+        if not isinstance(state, _MAPPINGS):
             continue
         if shapes := _moment_shapes(state):
             moments[key] = shapes
         if "step" in state:
-            step = number(state["step"])
-            step = read_scalar(state["step"]) if step is None else step
+            held = state["step"]
+            step = number(held)
+            step = read_scalar(held) if step is None else step
             if step is not None and math.isfinite(step):
                 steps[key] = step
             if step is not None and not 0 <= step < math.inf:
@@ -107,14 +112,19 @@ def _moments_of(entries: list[Any]) -> Iterator[tuple[str, TensorDescriptor]]:
     for i, entry in enumerate(entries):
         states = at(entry, ["state"])
         for key, state in states.items() if isinstance(states, Mapping) else ():
-            for name, value in state.items() if isinstance(state, Mapping) else ():
+            place = f"optimizer {i}, parameter {key}, "
+            for name, value in state.items() if isinstance(state, _MAPPINGS) else ():
                 if isinstance(value, TensorDescriptor):
-                    yield f"optimizer {i}, parameter {key}, {name}", value
+                    yield f"{place}{name}", value
 
 
 def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of a parameter's tensors, scalars left out."""
-    return {str(name): shape for name, value in state.items() if (shape := _shape_of(value))}
+    return {
+        str(name): tuple(shape)
+        for name, value in state.items()
+        if (shape := getattr(value, "shape", None)) and hasattr(value, "dtype")
+    }
 
 
 def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:
@@ -130,7 +140,7 @@ def _group_of(group: Mapping[str, Any], read_scalar: ScalarReader) -> ParamGroup
     params = group.get("params")
     momentum = number(group.get("momentum"))
     return ParamGroupFacts(
-        params=tuple(p for p in params if isinstance(p, int | str)) if isinstance(params, list) else (),
+        params=tuple(p for p in params if isinstance(p, _KEYS)) if isinstance(params, list) else (),
         lr=_scalar(group.get("lr"), read_scalar),
         initial_lr=number(group.get("initial_lr")),
         max_lr=number(group.get("max_lr")),
@@ -216,21 +226,26 @@ def _groups_under(i: int, count: int, optimizers: Sequence[OptimizerFacts]) -> S
     return optimizers[i].groups if len(optimizers) == count else ()
 
 
-def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
-    """The tensors of a module's state dict by name, dtype and shape."""
+def tensors_of(state_dict: object, known: Iterable[TensorFacts] = ()) -> tuple[TensorFacts, ...]:
+    """The tensors of a module's state dict by name, dtype and shape.
+
+    Args:
+        known: facts made before, perhaps of the same tensors: those that still hold are taken, which is faster.
+    """
     if not isinstance(state_dict, Mapping):
         return ()
-    return tuple(
-        TensorFacts(str(name), str(value.dtype).removeprefix("torch."), shape)
-        for name, value in state_dict.items()
-        if (shape := _shape_of(value)) is not None
-    )
-
-
-def _shape_of(value: Any) -> tuple[int, ...] | None:
-    """A tensor's shape; None for what is no tensor."""
-    shape = getattr(value, "shape", None)
-    return None if shape is None or not hasattr(value, "dtype") else tuple(shape)
+    made = {tensor.name: tensor for tensor in known if not tensor.where}
+    tensors = []
+    for key, value in state_dict.items():
+        shape = getattr(value, "shape", None)
+        if shape is None or not hasattr(value, "dtype"):
+            continue
+        name, dtype = str(key), str(value.dtype).removeprefix("torch.")
+        tensor = made.get(name)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+            tensor = TensorFacts(name, dtype, tuple(shape))
+        tensors.append(tensor)
+    return tuple(tensors)
 
 
 def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
@@ -240,10 +255,9 @@ def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
 
 def number(value: object) -> float | None:
     """A finite int or float as it is; None for everything else, booleans and ints beyond 64 bits included."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # Arithmetic of floats with an int of a thousand bits raises.
-    return value if abs(value) < 2**63 or (isinstance(value, float) and math.isfinite(value)) else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return whole(value)  # arithmetic of floats with an int of a thousand bits raises
 
 
 def whole(value: object) -> int | None:
@@ -254,7 +268,7 @@ def whole(value: object) -> int | None:
 def at(value: object, path: Iterable[str]) -> Any:
     """The value under nested keys; None as soon as one is missing."""
     for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        value = value.get(key) if isinstance(value, _MAPPINGS) else None
     return value
 
 

@@ -39,18 +39,17 @@ _ANOTHER_RUN = "Resume with the settings that the checkpoint was saved under, or
 # What the rules have in common
 
 
-Compared = tuple[Settings, Settings, ResumePlan | None]
+Compared = tuple[Settings, Settings]
 
 
 def _compared(facts: Facts, options: Options) -> Compared | None:
-    """The settings saved, the settings wanted and the plan; None where there is nothing to compare."""
+    """The settings saved and the settings wanted; None where there is nothing to compare."""
     if facts.saved is not None:
         by_loader = facts.saved.run.batch_size is not None and facts.run.batch_size is not None
-        before, now = (settings_of_facts(f, by_loader) for f in (facts.saved, facts))
-        return before, now, plan_resume(facts.saved)
+        return settings_of_facts(facts.saved, by_loader), settings_of_facts(facts, by_loader)
     if options.run_config is None or facts.live or not (facts.fields or facts.tensors):
         return None
-    return settings_of_facts(facts), settings_of_config(options.run_config), plan_resume(facts)
+    return settings_of_facts(facts), settings_of_config(options.run_config)
 
 
 def _saved(facts: Facts) -> Facts:
@@ -63,6 +62,10 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[
         old, new = before.get(name), now.get(name)
         if old is not None and new is not None and not same(old, new):
             yield name, old, new
+
+
+def _plan(facts: Facts) -> ResumePlan | None:
+    return plan_resume(_saved(facts))
 
 
 def _inside_an_epoch(plan: ResumePlan | None) -> bool:
@@ -89,7 +92,7 @@ def drift_of_model(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, _ = compared
+    before, now = compared
     unchanged = True
     pretrained = now.model.get("pretrained", before.model.get("pretrained"))
     untold = _SHAPES if pretrained is True else set()  # the sizes come with the pretrained model
@@ -138,7 +141,7 @@ def drift_of_labels(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, _ = compared
+    before, now = compared
     for name, old, new in _changed(before.model, now.model, ("num_labels",)):
         change = f"{name} was {shown(old)} and is {shown(new)}"
         if facts.live:
@@ -174,12 +177,13 @@ def drift_of_batch_size(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, plan = compared
+    before, now = compared
     if before.batch_size is None or now.batch_size is None:
         return
     if before.batch_size == now.batch_size:
         yield passed(f"batch size {now.batch_size:,}, as saved")
         return
+    plan = _plan(facts)
     message = f"the batch size was {before.batch_size:,} and is {now.batch_size:,}"
     batches = _saved(facts).batches_per_epoch
     if batches and now.batch_size > 0:
@@ -215,7 +219,7 @@ def drift_of_accumulation(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, _ = compared
+    before, now = compared
     if before.accumulation is None or now.accumulation is None:
         return
     if before.accumulation == now.accumulation:
@@ -247,7 +251,7 @@ def drift_of_devices(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, plan = compared
+    before, now = compared
     if before.world_size is None or now.world_size is None:
         return
     if before.world_size == now.world_size:
@@ -257,7 +261,7 @@ def drift_of_devices(facts: Facts, options: Options) -> Iterator[Outcome]:
     if before.batch_size and now.batch_size:
         old, new = before.batch_size * before.world_size, now.batch_size * now.world_size
         message += f": a step of all processes takes {new:,} rows instead of {old:,}"
-    if _inside_an_epoch(plan):
+    if _inside_an_epoch(_plan(facts)):
         message += ", and the position inside the epoch is that of other shares"
     yield warning(message, "trainer.devices", "Resume on as many processes, or at an epoch's end with a new schedule.")
 
@@ -276,7 +280,8 @@ def drift_of_length(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    _, now, plan = compared
+    _, now = compared
+    plan = _plan(facts)
     if plan is None or plan.kind == "not-resumable":
         return
     done = plan.epochs_done
@@ -325,7 +330,7 @@ def drift_of_schedule(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, _ = compared
+    before, now = compared
     saved = _saved(facts)
     kept = list(overridden(facts)) if facts.live else list(_given_anew(before, now, saved))
     yield from kept
@@ -381,8 +386,8 @@ def drift_of_data(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, plan = compared
-    judge: Callable[..., Outcome] = warning if _inside_an_epoch(plan) else info
+    before, now = compared
+    judge: Callable[..., Outcome] = warning if _inside_an_epoch(_plan(facts)) else info
     unchanged = True
     trained_here = before.data.get("tokenizer") is None and before.model.get("pretrained") is not True
     tokens = ("tokenizer", "vocab_size") if trained_here else ("tokenizer",)
@@ -430,7 +435,7 @@ def drift_of_precision(facts: Facts, options: Options) -> Iterator[Outcome]:
     """
     if (compared := _compared(facts, options)) is None:
         return
-    before, now, _ = compared
+    before, now = compared
     if before.precision is None or now.precision is None:
         return
     if before.precision == now.precision:

@@ -270,12 +270,12 @@ def _other_names(number: int, facts: Facts, now: OptimizerFacts) -> Iterator[Out
     recorded, digests = facts.saved.run.parameter_digests, facts.run.parameter_digests
     if number >= len(recorded) or number >= len(digests):
         return
+    if recorded[number] == digests[number]:
+        return
     if [len(d) for d in recorded[number]] != [len(d) for d in digests[number]]:
         return  # other sizes, which are said
     old, new = (_each("".join(groups)) for groups in (recorded[number], digests[number]))
     moved = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    if not moved:
-        return
     places = [p for group in now.groups for p in group.params]
     names = [now.names.get(p, f"parameter {p}") for p in places]
     name_of = dict(zip(new, names, strict=False))

@@ -179,18 +179,20 @@ def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
     by_name = {t.name: t.shape for t in facts.tensors}
     shapes = set(by_name.values())
     for number, optimizer in enumerate(facts.optimizers or ()):
-        if not optimizer.moments or _is_flat(optimizer, shapes):
+        held = {shape for entries in optimizer.moments.values() for shape in entries.values()}
+        if not held or _is_flat(held, shapes):
             continue
         names = _names_of(optimizer, by_name)
+        of_one_element = {shape for shape in held if math.prod(shape) == 1}
         wrong = []
         compared = 0
         for parameter, entries in optimizer.moments.items():
+            weight = names.get(parameter)
             for entry, shape in entries.items():
-                if entry not in _OF_WEIGHT_SHAPE or math.prod(shape) == 1:
+                if entry not in _OF_WEIGHT_SHAPE or shape in of_one_element:
                     continue
                 compared += 1
-                weight = names.get(parameter)
-                if shape not in (shapes if weight is None else {by_name[weight]}):
+                if (shape not in shapes) if weight is None else (shape != by_name[weight]):
                     wrong.append((parameter, entry, shape, weight))
         if wrong:
             parameter, entry, shape, weight = wrong[0]
@@ -207,29 +209,30 @@ def moment_shape(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 def _moments_of_a_live_run(facts: Facts) -> Iterator[Outcome]:
     for number, optimizer in enumerate(facts.optimizers or ()):
-        compared = [
-            (parameter, entry, shape)
-            for parameter, entries in optimizer.moments.items()
-            for entry, shape in entries.items()
-            if entry in _OF_WEIGHT_SHAPE and parameter in optimizer.shapes
-        ]
-        wrong = [(p, entry, shape) for p, entry, shape in compared if shape != optimizer.shapes[p]]
+        wrong = []
+        compared = 0
+        for parameter, entries in optimizer.moments.items():
+            own = optimizer.shapes.get(parameter)
+            for entry, shape in entries.items() if own is not None else ():
+                if entry in _OF_WEIGHT_SHAPE:
+                    compared += 1
+                    if shape != own:
+                        wrong.append((parameter, entry, shape))
         if wrong:
             parameter, entry, shape = wrong[0]
             yield error(
                 f"optimizer {number}: {entry} of {_listed(optimizer, [parameter])} has shape {_shape(shape)}, and the "
-                f"parameter {_shape(optimizer.shapes[parameter])} ({len(wrong):,} of {len(compared):,} moments do not "
+                f"parameter {_shape(optimizer.shapes[parameter])} ({len(wrong):,} of {compared:,} moments do not "
                 "fit): the first step would raise RuntimeError",
                 "optimizer",
                 "The optimizer's parameters are in another order than when the run was saved, or of another model.",
             )
         elif compared:
-            yield passed(f"optimizer {number}: {many(len(compared), 'moment')} in the shapes of their parameters")
+            yield passed(f"optimizer {number}: {many(compared, 'moment')} in the shapes of their parameters")
 
 
-def _is_flat(optimizer: OptimizerFacts, shapes: set[tuple[int, ...]]) -> bool:
-    ranks = {len(shape) for entries in optimizer.moments.values() for shape in entries.values()}
-    return ranks <= {1} and any(len(shape) > 1 for shape in shapes)
+def _is_flat(moments: set[tuple[int, ...]], weights: set[tuple[int, ...]]) -> bool:
+    return all(len(shape) == 1 for shape in moments) and any(len(shape) > 1 for shape in weights)
 
 
 def _names_of(optimizer: OptimizerFacts, weights: Mapping[str, Any]) -> dict[int | str, str]:
@@ -381,10 +384,10 @@ def partial_state(facts: Facts, options: Options) -> Iterator[Outcome]:
 
 def _half_of_adam(entries: Mapping[str, Any], optimizer: OptimizerFacts) -> bool:
     """Whether one of Adam's moments is missing, in an optimizer that has both elsewhere."""
-    pair = {"exp_avg", "exp_avg_sq"}
-    if len(pair & set(entries)) != 1 or not any("betas" in g.options for g in optimizer.groups):
+    has_both_or_none = ("exp_avg" in entries) == ("exp_avg_sq" in entries)
+    if has_both_or_none or not any("betas" in g.options for g in optimizer.groups):
         return False
-    return any(pair <= set(others) for others in optimizer.moments.values())
+    return any("exp_avg" in others and "exp_avg_sq" in others for others in optimizer.moments.values())
 
 
 def _listed(optimizer: OptimizerFacts, parameters: list[int | str]) -> str:

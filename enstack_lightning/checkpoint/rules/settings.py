@@ -144,8 +144,8 @@ def _whole(value: object) -> int | None:
 
 
 def _first_whole(*sections: Mapping[str, Any]) -> int | None:
-    found = (_whole(section.get(name)) for section in sections for name in BATCH_SIZES)
-    return next((size for size in found if size is not None), None)
+    stated = (section[name] for section in sections for name in BATCH_SIZES if name in section)
+    return next((size for value in stated if (size := _whole(value)) is not None), None)
 
 
 def _world_size(devices: object, nodes: object) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,14 +36,18 @@ _LOST = {
 _NO_POSITION = "loader's position is not in the checkpoint"
 
 
-def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Trainer) -> list[str]:
+def lost_guarantees(
+    report: Report, restart: ExactRestart | None, trainer: Trainer, named: Mapping[str, torch.Tensor] | None = None
+) -> list[str]:
     """Why the resumed run need not equal the one that never stopped, in short sentences; empty where it will.
 
     Args:
         report: on the live Trainer.
         restart: how its loops are started again; None where nothing is known of the moment that was saved.
         trainer: the Trainer, with everything restored.
+        named: the module's parameters by name, where they are known already.
     """
+    named = dict(trainer.lightning_module.named_parameters()) if named is None else named
     changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
     lost = [said for code, said in _LOST.items() if code in changed]
     if restart is not None and restart.is_of_another_version:
@@ -61,17 +66,18 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append(f"{count} trained twice, since the {why}")
     if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
         lost.append(said)
-    lost += lost_by_loaders(trainer, restart) + rounded_weights(report, trainer)
+    lost += lost_by_loaders(trainer, restart) + rounded_weights(report, named)
     if restart is not None:
         lost += lost_by_module(trainer, restart.resume.get("module"))
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 
-def rounded_weights(report: Report, trainer: Trainer) -> list[str]:
+def rounded_weights(report: Report, named: Mapping[str, torch.Tensor]) -> list[str]:
     """Whether weights were saved in another dtype than the run trains, as by a tool that makes checkpoints smaller."""
     saved = {t.name: t.dtype for t in report.facts.saved.tensors} if report.facts.saved is not None else {}
-    for name, parameter in trainer.lightning_module.named_parameters():
-        trained = str(parameter.dtype).removeprefix("torch.")
+    dtypes = {dtype: str(dtype).removeprefix("torch.") for dtype in {p.dtype for p in named.values()}}
+    for name, parameter in named.items():
+        trained = dtypes[parameter.dtype]
         if (kept := saved.get(name, trained)) != trained:
             return [f"weights were saved as {kept} and are trained as {trained}, such as {name}"]
     return []

@@ -40,7 +40,8 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
 
     Returns:
         `evaluating`: the names of layers in evaluation mode, None in the middle of a step; `hook`: the module's hook
-        that the save came before, or None; and what `_observed` says of its attributes.
+        that the save came before, or None; what `_observed` says of its attributes; and `buffers`, checksums of those
+        that are not persistent.
     """
     module = trainer.lightning_module
     known = point != "elsewhere"
@@ -48,6 +49,7 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
         "evaluating": _evaluating(trainer, point) if known else None,
         "hook": _hook_to_come(module) if known else None,
         **_observed(module),
+        "buffers": dict(_buffers(module)),
     }
 
 
@@ -102,7 +104,7 @@ def _observed(module: LightningModule) -> dict[str, Any]:
 
     Returns:
         `numbers`; `lengths` of lists and the like; `contents`, checksums of those that hold numbers alone; `updates`
-        of metrics in them, which no state_dict has; `buffers`, checksums of those that are not persistent.
+        of metrics in them, which no state_dict has.
     """
     theirs = _names_of_lightning(lightning_base(module, "LightningModule"))
     own = {n: value for n, value in vars(module).items() if n not in theirs and not n.startswith("_hparams")}
@@ -112,7 +114,6 @@ def _observed(module: LightningModule) -> dict[str, Any]:
         "lengths": {name: len(value) for name, value in filled.items()},
         "contents": {name: s for name, value in filled.items() if (s := _checksum_of_numbers(value)) is not None},
         "updates": {name: count for name, value in filled.items() if (count := _updates_in(value)) is not None},
-        "buffers": dict(_buffers(module)),
     }
 
 
@@ -148,10 +149,24 @@ def _updates_in(value: Any) -> int | None:
 def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
     for prefix, layer in module.named_modules():
         for name in layer._non_persistent_buffers_set:
-            tensor = layer._buffers.get(name)
-            if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.nbytes <= _LARGEST_BUFFER:
-                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                yield f"{prefix}.{name}" if prefix else name, zlib.crc32(content)
+            if (checksum := _checksum_of_buffer(layer, name)) is not None:
+                yield f"{prefix}.{name}" if prefix else name, checksum
+
+
+def _checksum_of_buffer(layer: torch.nn.Module, name: str) -> int | None:
+    """Of a buffer that no state_dict has; None where there is none of this name, or it is not compared."""
+    tensor = layer._buffers.get(name) if name in layer._non_persistent_buffers_set else None
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.nbytes > _LARGEST_BUFFER:
+        return None
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _checksum_now(module: torch.nn.Module, path: str) -> int | None:
+    *owners, name = path.split(".")
+    layer: torch.nn.Module | None = module
+    for owner in owners:
+        layer = None if layer is None else layer._modules.get(owner)
+    return None if layer is None else _checksum_of_buffer(layer, name)
 
 
 def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
@@ -178,7 +193,7 @@ def _differences(module: LightningModule, saved: Mapping[str, Any]) -> Iterator[
         elif any(now[kind].get(name) != saved.get(kind, {}).get(name) for kind in ("contents", "updates")):
             yield name, f"self.{name} held other values"
     for name, was in saved.get("buffers", {}).items():
-        if now["buffers"].get(name, was) != was:
+        if _checksum_now(module, name) not in (was, None):
             yield name, f"the buffer {name} held other values"
 
 
