@@ -100,7 +100,7 @@ class TorchFile:
             r.size for r in self.records.values() if not r.crc32 and self._checksum_of(r) is None
         )
         self._compared: set[str] = set()
-        self._whole: set[str] = set()
+        self._whole: dict[str, int] = {}
         self._scalars: dict[str, bytes] = {}
         self._scalar_bytes = 0
         self._byteorder: Literal["<", ">"] = "<"
@@ -161,11 +161,13 @@ class TorchFile:
         if form is None or tensor.storage is None or tensor.shape not in ((), (1,)):
             return None
         name = _STORAGE + tensor.storage.key
-        if name in self.records and self.records[name].size > MAX_SCALAR_STORAGE_BYTES:
+        record = self.records.get(name)
+        if record is not None and record.size > MAX_SCALAR_STORAGE_BYTES:
             return None
         data = self._read_scalar_storage(name)
-        start = tensor.offset * struct.calcsize(form)
-        if not 0 <= start <= len(data) - struct.calcsize(form):
+        itemsize = struct.calcsize(form)
+        start = tensor.offset * itemsize
+        if not 0 <= start <= len(data) - itemsize:
             raise ContainerDefectError("damaged", "it is shorter than the tensor in it", name)
         (value,) = struct.unpack_from(self._byteorder + form, data, start)
         if tensor.dtype == "bfloat16":
@@ -183,25 +185,14 @@ class TorchFile:
         if storage is None:
             return
         name = _STORAGE + storage.key
-        size = self.records[name].size if name in self._whole else self._check_record(storage, name)
-        itemsize = DTYPE_BYTES.get(tensor.dtype)
-        if itemsize is None:
-            raise ContainerDefectError("damaged", f"a tensor in it has the unknown dtype {tensor.dtype:.40}", name)
-        shape = tensor.shape
-        fault, reach, count = _extent(shape, tensor.stride)
-        if fault or tensor.offset < 0:
-            raise ContainerDefectError("damaged", f"a tensor in it has {fault or 'a negative offset'}", name)
-        if not count:
-            return
-        needed = (tensor.offset + reach) * itemsize
-        if needed > size:
-            raise ContainerDefectError(
-                "damaged", f"a tensor of shape {shape} needs {needed:,} bytes of its storage, which has {size:,}", name
-            )
-        logical = count * itemsize
-        if logical > MAX_LOGICAL_SIZE * size:
-            message = f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
-            self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, message))
+        size = self._whole.get(name)
+        if size is None:
+            size = _checked_size(self.records.get(name), storage, name)
+        fault, oddity = _judged(tensor.dtype, tensor.shape, tensor.stride, tensor.offset, size)
+        if fault:
+            raise ContainerDefectError("damaged", fault, name)
+        if oddity:
+            self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, oddity))
 
     def spans(self, named: Iterable[Named] = ()) -> list[Span]:
         """Every record of the archive, with those of the `named` tensors that lie in it."""
@@ -237,18 +228,20 @@ class TorchFile:
         record = self.records.get(name)
         if record is None:
             raise ContainerDefectError("damaged", "it is missing", name)
-        return self._source.read_at(record.offset, record.size, name)
+        kept = self._archive.kept.get(name)
+        return kept if kept is not None else self._source.read_at(record.offset, record.size, name)
 
     def _read_scalar_storage(self, name: str) -> bytes:
-        if name not in self._scalars:
+        data = self._scalars.get(name)
+        if data is None:
             record = self.records.get(name)
             if record is not None and self._scalar_bytes + record.size > MAX_SCALAR_BYTES:
                 raise ContainerDefectError(
                     "damaged", f"the storages of scalars take more than {MAX_SCALAR_BYTES:,} bytes", name
                 )
-            self._scalars[name] = self.read(name)
-            self._scalar_bytes += len(self._scalars[name])
-        return self._scalars[name]
+            data = self._scalars[name] = self.read(name)
+            self._scalar_bytes += len(data)
+        return data
 
     def _checksum_of(self, record: Record) -> int | None:
         """The CRC-32 that a record was saved with; None where torch was told to write 0 instead.
@@ -259,30 +252,18 @@ class TorchFile:
             return record.crc32
         return 0 if self._computes_crc32 and not record.name.startswith(_STORAGE) else None
 
-    def _check_record(self, storage: StorageDescriptor, name: str) -> int:
-        """The size of a storage's record, compared with what the pickle says of it."""
-        record = self.records.get(name)
-        if record is None:
-            raise ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
-        expected = storage.numel * DTYPE_BYTES.get(storage.dtype, 1)
-        if record.size != expected:
-            raise ContainerDefectError(
-                "damaged", f"it has {record.size:,} bytes and its tensor needs {expected:,}", name
-            )
-        return record.size
-
     def _check_references(self, storages: Iterable[StorageDescriptor]) -> None:
         """Whether the storages that the pickle names, and no others, are in the archive."""
+        records, whole = self.records, self._whole
         expected = {_PICKLE, *_OWN_RECORDS}
         for storage in storages:
             name = _STORAGE + storage.key
             expected.add(name)
             try:
-                self._check_record(storage, name)
-                self._whole.add(name)
+                whole[name] = _checked_size(records.get(name), storage, name)
             except ContainerDefectError as e:
                 self.defects.append(e)
-        for name, record in self.records.items():
+        for name, record in records.items():
             if name not in expected:
                 beginning = self._source.read_at(record.offset, min(record.size, 2), name)
                 pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
@@ -337,10 +318,12 @@ class TorchFile:
             self._note(f"it holds {saved[:50]!r} where 40 digits are needed", _SERIALIZATION_ID)
             return
         at = self.records[_SERIALIZATION_ID].header_offset
-        written = [r for r in self.records.values() if r.header_offset < at and r.size]
-        # Another writer may have put the same records in another order: then that of torch gives the fingerprint.
-        others = [r for r in self.records.values() if r.size and r.name != _SERIALIZATION_ID]
-        orders = [written] if not self._archive.unlike_torch else [written, sorted(others, key=_torch_order)]
+        written = [crc32 for _, size, crc32, header_offset, _ in self.records.values() if header_offset < at and size]
+        orders = [written]
+        if self._archive.unlike_torch:
+            # Another writer may have put the same records in another order: then that of torch gives the fingerprint.
+            others = [r for r in self.records.values() if r.size and r.name != _SERIALIZATION_ID]
+            orders.append([r.crc32 for r in sorted(others, key=_torch_order)])
         if int(saved[20:]) not in [_combined(order) for order in orders]:
             self.defects.append(
                 ContainerDefectError(
@@ -360,9 +343,8 @@ class TorchFile:
 
     def _unlike_torch(self) -> list[tuple[str, int]]:
         unlike = list(self._archive.unlike_torch.items())
-        storages = [r for r in self.records.values() if r.size and r.name.startswith(_STORAGE)]
-        without = sum(1 for r in storages if not r.crc32)
-        if 0 < without < len(storages):
+        without = sum(1 for r in self.records.values() if not r.crc32 and r.size and r.name.startswith(_STORAGE))
+        if without and any(r.crc32 and r.size and r.name.startswith(_STORAGE) for r in self.records.values()):
             unlike.append(("has no checksum (CRC-32 0) while others have one", without))
         return unlike
 
@@ -372,14 +354,38 @@ class TorchFile:
             self.defects.append(ContainerDefectError("damaged", message, record))
 
 
+def _checked_size(record: Record | None, storage: StorageDescriptor, name: str) -> int:
+    """The size of a storage's record, compared with what the pickle says of it."""
+    if record is None:
+        raise ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
+    expected = storage.numel * DTYPE_BYTES.get(storage.dtype, 1)
+    if record.size != expected:
+        raise ContainerDefectError("damaged", f"it has {record.size:,} bytes and its tensor needs {expected:,}", name)
+    return record.size
+
+
 @lru_cache(4_096)
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[str, int, int]:
-    """What is wrong with a tensor's sizes, how many elements of its storage it spans, and how many it has."""
+def _judged(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, size: int) -> tuple[str, str]:
+    """What is wrong with a tensor in a storage of `size` bytes, and what is odd about it."""
+    itemsize = DTYPE_BYTES.get(dtype)
+    if itemsize is None:
+        return f"a tensor in it has the unknown dtype {dtype:.40}", ""
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
-        return f"{len(shape):,} dimensions and {len(stride):,} strides", 0, 0
+        return f"a tensor in it has {len(shape):,} dimensions and {len(stride):,} strides", ""
     if shape and (min(shape) < 0 or min(stride) < 0):
-        return "a negative dimension or stride", 0, 0
-    return "", 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), math.prod(shape)
+        return "a tensor in it has a negative dimension or stride", ""
+    if offset < 0:
+        return "a tensor in it has a negative offset", ""
+    count = math.prod(shape)
+    if not count:
+        return "", ""
+    needed = (offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * itemsize
+    if needed > size:
+        return f"a tensor of shape {shape} needs {needed:,} bytes of its storage, which has {size:,}", ""
+    logical = count * itemsize
+    if logical > MAX_LOGICAL_SIZE * size:
+        return "", f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
+    return "", ""
 
 
 def _described(name: str, role: Role, tensor: TensorDescriptor) -> NamedTensor:
@@ -391,12 +397,11 @@ def _number(text: bytes) -> int:
     return int(text) if re.fullmatch(rb"\d{1,18}\s?", text) else -1
 
 
-def _combined(records: Iterable[Record]) -> int:
+def _combined(crc32s: Iterable[int]) -> int:
     """The hash of checksums in `PyTorchStreamWriter`: `c10::hash_combine` of each, in the order of writing."""
     seed = 0
-    for record in records:
-        seed ^= (record.crc32 + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & 0xFFFFFFFFFFFFFFFF
-        seed &= 0xFFFFFFFFFFFFFFFF
+    for crc32 in crc32s:
+        seed ^= (crc32 + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & 0xFFFFFFFFFFFFFFFF
     return seed
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from operator import sub
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
@@ -36,6 +38,7 @@ _DESCRIPTOR64 = struct.Struct("<4sI2Q")
 _DESCRIPTORS = {form.size: form for form in (_DESCRIPTOR, _DESCRIPTOR64)}
 _HAS_DESCRIPTOR = 0x0008
 _ALLOWED_FLAGS = 0x0800 | _HAS_DESCRIPTOR
+_CENTRAL_MAGIC = b"PK\x01\x02"
 _WIDE = 0xFFFFFFFF
 _IS_FOLDER = 0x10
 _ZIP64_EXTRA = 0x0001
@@ -45,6 +48,21 @@ _USUAL_EXTRA_BYTES = 160
 
 _READ_AHEAD_BYTES = 256
 """Read with a descriptor in a file on disk: as a rule, the header behind it."""
+
+_SMALL_PAYLOAD = 4 * 2**10
+"""A payload of no more is read along with the headers around it: that costs less than to read these one by one."""
+
+_KEPT_PAYLOAD = 64
+"""One of no more is kept, of all `MAX_RECORDS` 6.4 MB: the scalars of an optimizer, and torch's own records."""
+
+_RUN_BYTES = 64 * 2**10
+"""Of headers and small payloads that are read at a time."""
+
+_TORCH_CENTRAL = struct.Struct("<4xH6x3IH12xI")
+"""What follows the signature of a directory's entry: flags, CRC-32, both sizes, length of the name, header's offset."""
+
+_ZERO_BYTES = (*range(4), *range(6, 12), *range(26, 38))
+"""Of the same what torch leaves 0: versions, method and time; extra field and comment, disk and attributes."""
 
 
 class Record(NamedTuple):
@@ -67,6 +85,8 @@ class ZipArchive:
     Attributes:
         records: by name, in the order in which they lie in the file.
         unlike_torch: how many records differ from what torch's writer makes, by the kind of difference.
+        kept: the payloads of a few bytes that were read along with the headers, by the names of their records; they
+            have been compared with nothing yet.
 
     Raises:
         ContainerDefectError: the bytes are no intact archive of stored records in one folder.
@@ -77,20 +97,23 @@ class ZipArchive:
         self._source = source
         self.unlike_torch: Counter[str] = Counter()
         directory = _find_directory(source)
-        entries = _read_directory(source, directory)
-        entries.sort(key=_header_offset)
-        source.prefetch(_beside_payloads(entries, directory.start))
-        if source.local_fd() is not None and (records := _as_torch_writes(source, entries, directory.start)):
-            self.records = records
-            return
+        columns = _read_directory(source, directory)
+        source.prefetch(_beside_payloads(columns, directory.start))
+        self.kept: dict[str, bytes] = {}
+        if source.local_fd() is not None and (layout := _as_torch_lays_out(columns, directory.start)):
+            kept = _payloads_between(source, columns, layout)
+            if kept is not None:
+                self.records, self.kept = _records(columns, layout), kept
+                return
         self._ahead = 0 if source.local_fd() is None else _READ_AHEAD_BYTES
         self._near, self._near_offset = b"", 0
+        entries = list(map(_Entry._make, zip(*columns, strict=True)))
         self.records = self._read_headers(entries, directory.start)
 
     def check_alignment(self, alignment: int) -> None:
         """Counts the records that do not begin at a multiple of `alignment` bytes."""
-        for record in self.records.values():
-            if record.size and record.offset % alignment:
+        for _, size, _, _, offset in self.records.values():
+            if size and offset % alignment:
                 self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] += 1
 
     def _read_headers(self, entries: list[_Entry], end: int) -> dict[str, Record]:
@@ -167,51 +190,106 @@ class ZipArchive:
         return form.size
 
 
-def _as_torch_writes(source: Source, entries: list[_Entry], end: int) -> dict[str, Record] | None:
-    """The records, where all bytes beside them are those that torch writes in an archive below 4 GiB; else None.
+class _Layout(NamedTuple):
+    """Where an archive's payloads begin, and what has to lie before each.
 
-    What lies between two payloads follows from the directory, and is compared at once: the descriptor of the one, the
-    header of the other and its padding.
+    Last comes the directory, and what has to lie before that.
     """
-    if end >= _WIDE:
+
+    offsets: list[int]
+    gaps: list[bytes]
+
+
+def _as_torch_lays_out(columns: _Columns, end: int) -> _Layout | None:
+    """What lies beside the payloads of an archive below 4 GiB, as torch writes it; None where there is no room for it.
+
+    All of it follows from the directory: the descriptor of one record, the header of the next and its padding.
+    """
+    _, raw_names, sizes, crc32s, headers_at, flags = columns
+    if end >= _WIDE or headers_at[0] or max(sizes) >= _WIDE:
         return None
-    records = {}
-    at, descriptor = 0, b""
-    borders = [e.header_offset for e in entries[1:]]
-    borders.append(end)
-    for (_, name, raw_name, size, crc32, header_offset, flags), border in zip(entries, borders, strict=True):
-        offset = border - size - (_DESCRIPTOR.size if flags & _HAS_DESCRIPTOR else 0)
-        name_length = len(raw_name)
-        padding = _PADDINGS.get(offset - header_offset - _LOCAL.size - name_length)
-        if padding is None or (not flags & _HAS_DESCRIPTOR and (size or crc32)):
-            return None
-        header = _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, len(padding))
-        between = descriptor + header + raw_name + padding
-        if at + len(between) != offset or source.read_at(at, len(between), name) != between:
-            return None
-        descriptor = _DESCRIPTOR.pack(b"PK\x07\x08", crc32, size, size) if flags & _HAS_DESCRIPTOR else b""
-        at = offset + size
-        records[name] = Record(name, size, crc32, header_offset, offset)
-    return records if source.read_at(at, end - at, name) == descriptor else None
+    descriptors = [
+        _DESCRIPTOR.pack(b"PK\x07\x08", crc32, size, size) if flag & _HAS_DESCRIPTOR else b""
+        for flag, crc32, size in zip(flags, crc32s, sizes, strict=True)
+    ]
+    if any(size or crc32 for d, size, crc32 in zip(descriptors, sizes, crc32s, strict=True) if not d):
+        return None
+    borders = (*headers_at[1:], end)
+    offsets = [border - len(d) - size for border, d, size in zip(borders, descriptors, sizes, strict=True)]
+    headers = list(map(_torch_header, flags, map(len, raw_names), map(sub, offsets, headers_at)))
+    if not all(headers):
+        return None
+    gaps = [
+        descriptor + header[0] + raw_name + header[1]
+        for descriptor, header, raw_name in zip((b"", *descriptors[:-1]), headers, raw_names, strict=True)
+        if header
+    ]
+    return _Layout([*offsets, end], [*gaps, descriptors[-1]])
+
+
+@lru_cache(4_096)
+def _torch_header(flags: int, name_length: int, length: int) -> tuple[bytes, bytes] | None:
+    """What stands before and behind the name in a header of `length` bytes; None where torch writes none such."""
+    padding = _PADDINGS.get(length - _LOCAL.size - name_length)
+    if padding is None:
+        return None
+    return _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, len(padding)), padding
 
 
 _PADDINGS = {n + 4: _PADDING_EXTRA + n.to_bytes(2, "little") + b"Z" * n for n in range(2 * DEFAULT_ALIGNMENT)}
 """Torch's extra fields by their length: what puts the payload behind one at a multiple of 64."""
 
 
-def _beside_payloads(entries: list[_Entry], end: int) -> Iterator[tuple[int, int]]:
+def _payloads_between(source: Source, columns: _Columns, layout: _Layout) -> dict[str, bytes] | None:
+    """The smallest payloads, read with all that lies beside the records; None where that is not what it has to be."""
+    kept = {}
+    offsets, gaps = layout
+    sizes = (*columns.sizes, _WIDE)  # the directory has been read
+    runs = _runs(offsets, sizes)
+    data, start, stop = b"", 0, 0
+    for name, size, offset, gap in zip((*columns.names, ""), sizes, offsets, gaps, strict=True):
+        if offset > stop:
+            start, stop = next(runs)
+            data = source.read_at(start, stop - start, "what lies between the records")
+        if not data.endswith(gap, 0, offset - start):
+            return None
+        if size <= _KEPT_PAYLOAD and offset + size <= stop:
+            kept[name] = data[offset - start : offset - start + size]
+    return kept
+
+
+def _runs(offsets: Iterable[int], sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """From where to where is read at once: what lies between two payloads that are not small."""
+    start = 0
+    for offset, size in zip(offsets, sizes, strict=True):
+        if size > _SMALL_PAYLOAD or offset - start > _RUN_BYTES:
+            yield start, offset
+            start = offset + size
+
+
+def _records(columns: _Columns, layout: _Layout) -> dict[str, Record]:
+    names, _, sizes, crc32s, header_offsets, _ = columns
+    records = map(Record._make, zip(names, sizes, crc32s, header_offsets, layout.offsets[:-1], strict=True))
+    return dict(zip(names, records, strict=True))
+
+
+def _beside_payloads(columns: _Columns, end: int) -> Iterator[tuple[int, int]]:
     """Offset and length of all headers, descriptors and whatever small lies between them, and of the pickle.
 
     Begins in the middle, which is in memory only if all is: both ends have been read already.
     """
-    spans = list(zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True))
-    half = len(spans) // 2
-    for entry, border in (*spans[half:], *spans[:half]):
-        start, whole = entry.header_offset, border - entry.header_offset
-        if entry.name == "data.pkl" and whole <= MAX_PREFETCHED_RECORD:
+    starts = columns.header_offsets
+    half = len(starts) // 2
+    for i in (*range(half, len(starts)), *range(half)):
+        start, border = starts[i], starts[i + 1] if i + 1 < len(starts) else end
+        whole = border - start
+        header = _LOCAL.size + len(columns.raw_names[i]) + _USUAL_EXTRA_BYTES
+        is_pickle = columns.names[i] == "data.pkl"
+        read_whole = MAX_PREFETCHED_RECORD if is_pickle else header + _SMALL_PAYLOAD + _DESCRIPTOR64.size
+        if 0 < whole <= read_whole:
             yield start, whole
         elif whole > 0:
-            yield start, min(whole, _LOCAL.size + len(entry.raw_name) + _USUAL_EXTRA_BYTES)
+            yield start, min(whole, header)
             yield max(border - _DESCRIPTOR64.size, start), min(whole, _DESCRIPTOR64.size)
 
 
@@ -222,15 +300,25 @@ class _Directory(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A record as the directory has it; `path` with the archive's folder, `name` without."""
+    """A record as the directory has it; `name` without the archive's folder, `raw_name` with it."""
 
-    path: str
     name: str
     raw_name: bytes
     size: int
     crc32: int
     header_offset: int
     flags: int
+
+
+class _Columns(NamedTuple):
+    """The fields of all entries, each as `_Entry` has it, in the order in which the records lie in the file."""
+
+    names: tuple[str, ...]
+    raw_names: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    crc32s: tuple[int, ...]
+    header_offsets: tuple[int, ...]
+    flags: tuple[int, ...]
 
 
 def _header_offset(entry: _Entry) -> int:
@@ -323,8 +411,11 @@ def _no_end(source: Source) -> ContainerDefectError:
     )
 
 
-def _read_directory(source: Source, directory: _Directory) -> list[_Entry]:
+def _read_directory(source: Source, directory: _Directory) -> _Columns:
     raw = source.read_at(directory.start, directory.end - directory.start, "the archive's directory")
+    usual = _columns_of_torch(raw, directory.entries)
+    if usual is not None:
+        return usual
     entries, at = [], 0
     for _ in range(directory.entries):
         entry, at = _read_entry(raw, at)
@@ -332,7 +423,48 @@ def _read_directory(source: Source, directory: _Directory) -> list[_Entry]:
     if at != len(raw):
         raise ContainerDefectError("damaged", f"the archive's directory has {len(raw) - at:,} bytes too many")
     _check_names(entries)
-    return entries
+    entries.sort(key=_header_offset)
+    return _Columns._make(zip(*entries, strict=True))
+
+
+def _columns_of_torch(raw: bytes, count: int) -> _Columns | None:
+    """The entries of a directory as torch writes it in an archive below 4 GiB, all decoded at once.
+
+    None for any other: nothing is refused here, and nothing passes that `_read_entry` and `_check_names` would refuse.
+    """
+    before, *pieces = raw.split(_CENTRAL_MAGIC, count + 1)
+    fixed = b"".join([piece[: _TORCH_CENTRAL.size] for piece in pieces])
+    raw_names = tuple([piece[_TORCH_CENTRAL.size :] for piece in pieces])
+    if before or len(pieces) != count or len(fixed) != count * _TORCH_CENTRAL.size:
+        return None
+    if any(fixed[i :: _TORCH_CENTRAL.size].count(0) != count for i in _ZERO_BYTES):
+        return None
+    flags, crc32s, compressed, sizes, name_lengths, offsets = zip(*_TORCH_CENTRAL.iter_unpack(fixed), strict=True)
+    if any(f & ~_ALLOWED_FLAGS for f in set(flags)) or sizes != compressed or _WIDE in sizes or _WIDE in offsets:
+        return None
+    if list(offsets) != sorted(offsets):
+        return None
+    if name_lengths != tuple(map(len, raw_names)) or not 0 < min(name_lengths) <= max(name_lengths) <= MAX_NAME_BYTES:
+        return None
+    names = _names_in_one_folder(raw_names)
+    return None if names is None else _Columns(names, raw_names, sizes, crc32s, offsets, flags)
+
+
+def _names_in_one_folder(raw_names: tuple[bytes, ...]) -> tuple[str, ...] | None:
+    """The names without their folder; None where `_check_names` could refuse one, or one is not ASCII."""
+    try:
+        text = b"\0".join(raw_names).decode("ascii")
+    except UnicodeDecodeError:
+        return None
+    folder = text.partition("\0")[0].partition("/")[0] + "/"
+    names = f"\0{text}".split(f"\0{folder}")[1:]
+    lower = names if text.islower() else text.lower().split("\0")
+    if not len(raw_names) == text.count("\0") + 1 == len(names) == len(set(lower)):
+        return None
+    parts = f"/{text}/".replace("\0", "/")
+    if "\\" in text or any(f"/{part}/" in parts for part in _LEADING_AWAY):
+        return None
+    return tuple(names)
 
 
 def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
@@ -346,7 +478,7 @@ def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
     extra_start = start + name_length
     end = extra_start + extra_length
     raw_name = raw[start:extra_start]
-    if magic != b"PK\x01\x02" or not 0 < name_length <= MAX_NAME_BYTES or end > len(raw):
+    if magic != _CENTRAL_MAGIC or not 0 < name_length <= MAX_NAME_BYTES or end > len(raw):
         raise ContainerDefectError("damaged", f"the archive's directory has no entry at byte {at:,} of it")
     try:
         path = raw_name.decode("utf-8")
@@ -363,7 +495,7 @@ def _read_entry(raw: bytes, at: int) -> tuple[_Entry, int]:
         raise ContainerDefectError("damaged", "it is said to be a folder, to have a comment or to lie elsewhere", name)
     if flags & ~_ALLOWED_FLAGS:
         raise ContainerDefectError("damaged", f"it has flags 0x{flags:04x}: encrypted, or not written by torch", name)
-    return _Entry(path, name, raw_name, size, crc32, offset, flags), end
+    return _Entry(name, raw_name, size, crc32, offset, flags), end
 
 
 def _zip64_values(extra: bytes, *values: int) -> list[int]:
@@ -385,11 +517,11 @@ def _zip64_values(extra: bytes, *values: int) -> list[int]:
 
 def _check_names(entries: list[_Entry]) -> None:
     seen: set[str] = set()
-    folder = entries[0].path.partition("/")[0] + "/"
+    folder = entries[0].raw_name.decode().partition("/")[0] + "/"
     usual = folder[:-1] not in _LEADING_AWAY and "\\" not in folder and "\0" not in folder
     storages = folder + "data/" if usual else "/"
     for entry in entries:
-        path = entry.path
+        path = entry.raw_name.decode()
         # torch looks names up without regard to case and takes one of several by chance of its search.
         key = path.lower()
         if key in seen:

@@ -104,6 +104,22 @@ def test_all_that_an_archive_is_checked_by_is_asked_for_beforehand(large: Path) 
     assert sum(length for _, length in source.asked) < RECORDS * RECORD_BYTES / 100
 
 
+def test_small_records_are_read_with_the_headers_around_them_and_asked_for_beforehand(tmp_path: Path) -> None:
+    sizes = [4, 1_000, RECORD_BYTES, 1, 1_024, 1_025] * 4 + [1_000] * 100 + [RECORD_BYTES]
+    torch.save([torch.rand(size) for size in sizes], tmp_path / "mixed.pt")
+    with Watched(tmp_path / "mixed.pt") as source:
+        ZipArchive(source)
+    assert len(source.read) < len(sizes) / 4
+    assert max(count for _, count in source.read) < 70_000
+    asked = sorted(source.asked)
+    for offset, count in source.read:
+        covered = offset
+        for start, length in asked:
+            if start <= covered < start + length:
+                covered = start + length
+        assert covered >= offset + count, (offset, count)
+
+
 @pytest.mark.parametrize("lacking", ["RWF_NOWAIT", "preadv"])
 def test_a_system_that_cannot_tell_reads_the_same(large: Path, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verify_checkpoint(large)

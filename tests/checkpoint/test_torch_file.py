@@ -19,7 +19,7 @@ import torch
 from builders import edited, train_lightning
 from torch.utils.serialization import config as save_config
 
-from enstack_lightning.checkpoint import Options, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Options, Severity, Verdict, verify_checkpoint, zip_archive
 from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, OddityKind
 from enstack_lightning.checkpoint.inert_pickle import StorageDescriptor, TensorDescriptor
@@ -27,7 +27,7 @@ from enstack_lightning.checkpoint.location import locate
 from enstack_lightning.checkpoint.readers.torch_archive import MAX_DEFECTS, read_archive
 from enstack_lightning.checkpoint.source import ContainerDefectError, LocalSource
 from enstack_lightning.checkpoint.torch_file import MAX_SCALAR_BYTES, TorchFile
-from enstack_lightning.checkpoint.zip_archive import MAX_RECORDS
+from enstack_lightning.checkpoint.zip_archive import MAX_RECORDS, ZipArchive
 
 STATE = {
     "a": torch.arange(12.0).reshape(3, 4),
@@ -315,6 +315,239 @@ def test_headers_that_disagree_are_defects(what: str, plain: Path) -> None:
     facts = facts_of(plain)
     assert facts.defects, what
     assert verify_checkpoint(plain).verdict is Verdict.FAIL
+
+
+# What torch writes is read many records at a time, anything else one by one: with the same outcome
+
+SHORTCUTS = ("_columns_of_torch", "_as_torch_lays_out")
+
+MIXED_SIZES = (3, 0, 4, 64, 65, 3_000, 4_096, 4_097, 70_000, 4, 100)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Records that are kept, read along or left out, and more small ones than are read at a time."""
+    path = tmp_path / "m.pt"
+    torch.save([torch.randint(255, (n,), dtype=torch.uint8) for n in (*MIXED_SIZES, *[4_000] * 40, *MIXED_SIZES)], path)
+    return path
+
+
+def outcome(path: Path, without: tuple[str, ...] = ()) -> object:
+    """The records and what is unlike torch, or the refusal; `without` these shortcuts."""
+    with pytest.MonkeyPatch.context() as patch, LocalSource(path) as source:
+        for shortcut in without:
+            patch.setattr(zip_archive, shortcut, lambda *_: None)
+        try:
+            archive = ZipArchive(source)
+        except ContainerDefectError as e:
+            return e.kind, str(e), e.record
+        return archive.records, archive.unlike_torch
+
+
+def shortcuts_taken(path: Path) -> list[bool]:
+    """Whether the directory was decoded at once, and whether the headers were compared run by run."""
+    with LocalSource(path) as source:
+        directory = zip_archive._find_directory(source)
+        raw = source.read_at(directory.start, directory.end - directory.start)
+        columns = zip_archive._read_directory(source, directory)
+        layout = zip_archive._as_torch_lays_out(columns, directory.start)
+        compared = layout and zip_archive._payloads_between(source, columns, layout)
+        return [zip_archive._columns_of_torch(raw, directory.entries) is not None, compared is not None]
+
+
+def test_what_torch_writes_is_read_many_records_at_a_time(plain: Path, mixed: Path) -> None:
+    for path in (plain, mixed):
+        assert shortcuts_taken(path) == [True, True]
+        assert outcome(path) == outcome(path, SHORTCUTS)
+
+
+def test_small_payloads_are_kept_as_they_are(mixed: Path) -> None:
+    data = mixed.read_bytes()
+    with LocalSource(mixed) as source:
+        archive = ZipArchive(source)
+        assert {len(archive.kept[f"data/{i}"]) for i, n in enumerate(MIXED_SIZES) if n <= 64} == {0, 3, 4, 64}
+        assert "version" in archive.kept
+        assert all(len(kept) <= 64 for kept in archive.kept.values())
+        for name, kept in archive.kept.items():
+            record = archive.records[name]
+            assert kept == data[record.offset : record.offset + record.size]
+
+
+def test_kept_payloads_are_not_read_again_and_are_compared_with_their_checksum(mixed: Path) -> None:
+    class Counted(LocalSource):
+        reads = 0
+
+        def read_at(self, offset: int, count: int, what: str = "the file") -> bytes:
+            self.reads += 1
+            return super().read_at(offset, count, what)
+
+    for damaged in (False, True):
+        with Counted(mixed) as source:
+            file = TorchFile(source)
+            before = source.reads
+            with pytest.raises(ContainerDefectError, match="have changed") if damaged else nullcontext():
+                assert len(file.read("data/2")) == 4
+            assert source.reads == before
+        record = file.records["data/2"]
+        poke(mixed, record.offset + 3, "<B", mixed.read_bytes()[record.offset + 3] ^ 1)
+
+
+@pytest.mark.parametrize("name", ["version", "byteorder", ".data/serialization_id", "data/5"])
+def test_a_flip_within_a_payload_that_is_read_along_with_headers_is_found(name: str, mixed: Path) -> None:
+    with LocalSource(mixed) as source:
+        record = TorchFile(source).records[name]
+    poke(mixed, record.offset, "<B", mixed.read_bytes()[record.offset] ^ 1)
+    assert shortcuts_taken(mixed) == [True, True]
+    # Only of a tensor's values nothing is said until they are asked for.
+    assert bool(facts_of(mixed).defects) is not name.startswith("data/")
+    assert f"damaged m.pt:{name} its bytes have CRC-32" in messages(facts_of(mixed, deep=True))
+
+
+def test_a_flip_anywhere_in_the_directory_has_the_same_outcome_at_once_and_one_by_one(plain: Path) -> None:
+    whole = plain.read_bytes()
+    with LocalSource(plain) as source:
+        directory = zip_archive._find_directory(source)
+    for at in range(directory.start, directory.end):
+        for bit in (1 << at % 8, 1 << (at + 4) % 8):
+            plain.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            assert outcome(plain) == outcome(plain, SHORTCUTS), (at - directory.start, bit)
+
+
+def test_a_flip_anywhere_beside_payloads_has_the_same_outcome_in_runs_and_one_by_one(mixed: Path) -> None:
+    whole = mixed.read_bytes()
+    with LocalSource(mixed) as source:
+        records = list(ZipArchive(source).records.values())
+        end = zip_archive._find_directory(source).start
+    begin, beside = 0, []
+    for record in records:
+        beside += range(begin, record.offset)
+        begin = record.offset + record.size
+    beside += range(begin, end)
+    with mixed.open("r+b", buffering=0) as file:
+        for at in beside[::7]:
+            os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << at % 8]), at)
+            assert shortcuts_taken(mixed) == [True, False], at
+            assert outcome(mixed) == outcome(mixed, SHORTCUTS), at
+            os.pwrite(file.fileno(), whole[at : at + 1], at)
+
+
+# Where in a directory's entry which field stands, a value that torch does not write there, and what is said of it.
+UNUSUAL: dict[str, tuple[int, str, int, str]] = {
+    "version made by": (4, "<H", 0x031E, ""),
+    "version needed": (6, "<H", 20, ""),
+    "time": (12, "<H", 1, ""),
+    "date": (14, "<H", 33, ""),
+    "internal attributes": (36, "<H", 1, ""),
+    "external attributes": (38, "<I", 0x81A40000, ""),
+    "flags": (8, "<H", 0x0809, "it has flags 0x0809"),
+    "method": (10, "<H", 8, "it is compressed (method 8)"),
+    "name one shorter": (28, "<H", 7, "has no entry at byte"),
+    "name one longer": (28, "<H", 9, "has no entry at byte"),
+    "no name": (28, "<H", 0, "has no entry at byte"),
+    "name beyond the directory": (28, "<H", 1_024, "has no entry at byte"),
+    "extra field": (30, "<H", 1, "has no entry at byte"),
+    "comment": (32, "<H", 1, "a folder, to have a comment"),
+    "disk": (34, "<H", 1, "a folder, to have a comment"),
+    "folder": (38, "<I", 0x10, "a folder, to have a comment"),
+}
+
+
+@pytest.mark.parametrize("field", UNUSUAL)
+def test_an_entry_that_differs_in_one_field_is_read_by_itself(field: str, plain: Path) -> None:
+    offset, form, value, message = UNUSUAL[field]
+    with LocalSource(plain) as source:
+        records = ZipArchive(source).records
+    poke(plain, directory_entry(plain, "data/1") + offset, form, value)
+    assert outcome(plain) == outcome(plain, SHORTCUTS)
+    if message:
+        assert message in outcome(plain)[1]  # type: ignore[index]
+    else:
+        assert shortcuts_taken(plain) == [False, True]
+        assert outcome(plain) == (records, {})
+
+
+def renamed(path: Path, old: bytes, new: bytes) -> None:
+    """Gives a record another name of the same length, in its header and in the directory."""
+    data = path.read_bytes()
+    assert (data.count(old), len(old)) == (2, len(new))
+    path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (b"t/data/0", "it is in the archive more than once"),
+        (b"t/DATA/0", "it is in the archive more than once"),
+        (b"T/data/3", "does not lie in the archive's one folder"),
+        (b"u/data/3", "does not lie in the archive's one folder"),
+        (b"tdata//3", "does not lie in the archive's one folder"),
+        (b"t/data//", "does not lie in the archive's one folder"),
+        (b"t/dat/..", "does not lie in the archive's one folder"),
+        (b"t/../a/3", "does not lie in the archive's one folder"),
+        (b"t/./ta/3", "does not lie in the archive's one folder"),
+        (b"t//ata/3", "does not lie in the archive's one folder"),
+        (b"t/data\\3", "does not lie in the archive's one folder"),
+        (b"t/data\0003", "does not lie in the archive's one folder"),
+        (b"t\0t/ta/3", "does not lie in the archive's one folder"),
+        (b"t/data/\xff", "is not UTF-8"),
+        (b"/data/03", "does not lie in the archive's one folder"),
+        (b"data.pkl", "does not lie in the archive's one folder"),
+        (b"t/dat/.3", ""),
+        (b"t/d..a/3", ""),
+        (b"t/Data/9", ""),
+        (b"t/dat/\xc3\xa4", ""),
+        (b"t/PK\x01\x02/3", ""),
+    ],
+)
+def test_a_name_is_judged_alike_at_once_and_one_by_one(name: bytes, message: str, plain: Path) -> None:
+    renamed(plain, b"t/data/3", name)
+    assert outcome(plain) == outcome(plain, SHORTCUTS)
+    if message:
+        assert message in outcome(plain)[1]  # type: ignore[index]
+    else:
+        assert name.decode().partition("/")[2] in outcome(plain)[0]  # type: ignore[index]
+
+
+def test_entries_in_another_order_give_the_same_records(plain: Path) -> None:
+    with LocalSource(plain) as source:
+        start, end, _ = zip_archive._find_directory(source)
+    data = plain.read_bytes()
+    records = outcome(plain)
+    magic = b"PK\x01\x02"
+    entries = data[start:end].split(magic)[1:]
+    plain.write_bytes(data[:start] + b"".join(magic + entry for entry in reversed(entries)) + data[end:])
+    assert shortcuts_taken(plain) == [False, True]
+    assert outcome(plain) == records
+
+
+def test_sizes_of_terabytes_in_a_small_file_are_refused(tmp_path: Path) -> None:
+    """The first record is said to reach up to the second, which is said to lie far behind the end of the file."""
+    size = 2**42
+    name, padding = b"a/data.pkl", b"FB" + struct.pack("<H", 20) + b"Z" * 20
+    header = struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x0808, 0, 0, 0, 0, 0, 0, len(name), len(padding)) + name + padding
+    entries = b""
+    for path, at in ((name, 0), (b"a/version", len(header) + size + 16)):
+        wide = struct.pack("<2H3Q", 1, 24, size, size, at)
+        fixed = (b"PK\1\2", 0, 0, 0x0808, 0, 0, 0, 7, 2**32 - 1, 2**32 - 1, len(path), len(wide), 0, 0, 0, 0, 2**32 - 1)
+        entries += struct.pack("<4s6H3I5H2I", *fixed) + path + wide
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 2, 2, len(entries), len(header), 0)
+    (tmp_path / "o.pt").write_bytes(header + entries + end)
+    assert outcome(tmp_path / "o.pt") == outcome(tmp_path / "o.pt", SHORTCUTS)
+    assert facts_of(tmp_path / "o.pt").defects
+    assert verify_checkpoint(tmp_path / "o.pt").verdict is Verdict.FAIL
+
+
+def test_signatures_without_end_are_refused(plain: Path) -> None:
+    """More of them than the directory has entries; as many as are told of, and no name between them."""
+    with LocalSource(plain) as source:
+        start, end, count = zip_archive._find_directory(source)
+    data = plain.read_bytes()
+    for directory in (b"PK\x01\x02" * ((end - start) // 4), (b"PK\x01\x02" + bytes(42)) * count):
+        tail = bytearray(data[-22:])
+        struct.pack_into("<I", tail, 12, len(directory))
+        plain.write_bytes(data[:start] + directory + tail)
+        assert outcome(plain) == outcome(plain, SHORTCUTS)
+        assert "has no entry at byte" in outcome(plain)[1]  # type: ignore[index]
 
 
 def added(path: Path, name: str, data: bytes = b"x") -> None:
