@@ -258,13 +258,13 @@ class TorchFile:
         expected = {_PICKLE, *_OWN_RECORDS}
         for storage in storages:
             name = _STORAGE + storage.key
-            expected.add(name)
             try:
                 whole[name] = _checked_size(records.get(name), storage, name)
             except ContainerDefectError as e:
+                expected.add(name)
                 self.defects.append(e)
         for name, record in records.items():
-            if name not in expected:
+            if name not in whole and name not in expected:
                 beginning = self._source.read_at(record.offset, min(record.size, 2), name)
                 pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
                 message = f"the pickle does not refer to this record; it has {record.size:,} bytes{pickled}"
@@ -318,7 +318,7 @@ class TorchFile:
             self._note(f"it holds {saved[:50]!r} where 40 digits are needed", _SERIALIZATION_ID)
             return
         at = self.records[_SERIALIZATION_ID].header_offset
-        written = [crc32 for _, size, crc32, header_offset, _ in self.records.values() if header_offset < at and size]
+        written = [r.crc32 for r in self.records.values() if r.header_offset < at and r.size]
         orders = [written]
         if self._archive.unlike_torch:
             # Another writer may have put the same records in another order: then that of torch gives the fingerprint.

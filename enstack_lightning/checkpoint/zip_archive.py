@@ -112,8 +112,8 @@ class ZipArchive:
 
     def check_alignment(self, alignment: int) -> None:
         """Counts the records that do not begin at a multiple of `alignment` bytes."""
-        for _, size, _, _, offset in self.records.values():
-            if size and offset % alignment:
+        for record in self.records.values():
+            if record.size and record.offset % alignment:
                 self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] += 1
 
     def _read_headers(self, entries: list[_Entry], end: int) -> dict[str, Record]:
