@@ -297,6 +297,7 @@ class ProgressFacts:
         scheduler_steps: scheduler steps by the loop's counter.
         epochs_completed: whole epochs done, counting one whose end-of-epoch hooks were running.
         epochs_begun: epochs that had been started.
+        epochs_ready: the same with the one whose start-of-epoch hooks were running.
         batches_in_epoch: batches trained in the epoch in progress.
         batches_begun: batches taken from the loader in the epoch in progress.
         batches_trained: batches trained in the whole run.
@@ -314,6 +315,7 @@ class ProgressFacts:
     scheduler_steps: int | None = None
     epochs_completed: int | None = None
     epochs_begun: int | None = None
+    epochs_ready: int | None = None
     batches_in_epoch: int | None = None
     batches_begun: int | None = None
     batches_trained: int | None = None

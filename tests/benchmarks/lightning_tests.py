@@ -1,6 +1,6 @@
 """Lightning's own tests without the guard and with it in every Trainer; what differs is printed, with its reason.
 
-    python tests/benchmarks/lightning_tests.py LIGHTNING [--kept FOLDER] [FILE...]
+    python tests/benchmarks/lightning_tests.py [--kept FOLDER] LIGHTNING [FILE...]
 
 LIGHTNING is a checkout of https://github.com/Lightning-AI/pytorch-lightning at the version that is installed, FILE a
 file or folder under its tests/tests_pytorch (by default those on checkpoints, callbacks, loops, data and restoring).
@@ -62,6 +62,10 @@ EXPECTED = {
     "test_resume_callback_state_saved_by_type": (
         "the checkpoint names a class that nobody vouched for (allow_globals); fit(weights_only=False) would import "
         "and call whatever a file names, which is what the guard is there to stop"
+    ),
+    "test_restarting_mid_epoch_raises_warning": (
+        "wants the warning that a plain loader begins anew: where the guard goes on with the batches that are left, it "
+        "leaves that out"
     ),
     "test_stateful_trainer_ckpt_path_support": "loads a file without counters and optimizers: not to be resumed from",
 }

@@ -12,11 +12,12 @@ import pytest
 import torch
 from builders import quiet_trainer
 from exact_runs import BATCHES, Recorded, differences, train
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, RunningMean, RunningSum
 from torchmetrics.wrappers import MinMaxMetric
 
+from enstack_lightning.checkpoint import verify_checkpoint
 from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,6 +67,54 @@ def test_double_weights_are_evaluated_as_they_were_saved(tmp_path: Path) -> None
     quiet_trainer(tmp_path, CheckpointGuard(), precision="64-true").validate(module, ckpt_path=path)
     for name, tensor in torch.load(path, weights_only=True)["state_dict"].items():
         assert torch.equal(module.state_dict()[name], tensor)
+
+
+# Saved as an epoch begins
+
+
+class SavesAsAnEpochBegins(Callback):
+    """Saves in a hook after which Lightning takes the epoch that begins for done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def steps(run: dict[str, Any]) -> list[Any]:
+    """Of each batch that was trained the epoch, its number, the step, the rows, the loss and the learning rate."""
+    return [event for event in run["events"] if event[0] == "step"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"order": order, "num_workers": n} for order, n in (("sampler", 0), ("plain", 0), ("plain", 1), ("shuffle", 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("knows", [True, False], ids=["saved with the guard", "saved without it"])
+def test_an_epoch_that_had_begun_when_it_was_saved_is_trained(
+    data: dict[str, Any], knows: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "start.ckpt"
+    whole = train(tmp_path, data, BOTH, callbacks=(SavesAsAnEpochBegins(path),))
+    if not knows:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["callbacks"]["CheckpointGuard"]
+        torch.save(checkpoint, path)
+        (tmp_path / "start.ckpt.manifest.json").unlink()
+    assert ("CK305" in str(verify_checkpoint(path))) is not knows
+    with caplog.at_level(logging.INFO):
+        again = train(tmp_path / "again", data, BOTH, path, seed=9)
+    (exact,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
+    assert "not promised" in exact
+    assert [step[:4] for step in steps(again)] == [step[:4] for step in steps(whole) if step[1] == 1]
+    if knows:
+        lost = "it was saved in on_train_epoch_start, and hooks of that epoch's start are called again"
+        assert exact.endswith(f"not promised: {lost}")
+        assert steps(again) == [step for step in steps(whole) if step[1] == 1]
+        assert again["weights"] == whole["weights"]
 
 
 # Gradients under manual optimization

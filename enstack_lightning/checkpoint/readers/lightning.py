@@ -243,6 +243,7 @@ def progress_facts(checkpoint: Mapping[str, Any]) -> ProgressFacts:
         scheduler_steps=whole(at(loop, ["epoch_loop.scheduler_progress", "total", "completed"])),
         epochs_completed=epochs_completed,
         epochs_begun=epochs_begun,
+        epochs_ready=whole(at(loop, ["epoch_progress", "current", "ready"])),
         batches_in_epoch=processed,
         batches_begun=begun,
         batches_trained=trained,

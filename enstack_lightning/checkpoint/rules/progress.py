@@ -231,6 +231,9 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
     restored: Lightning then counts the next epoch as done without training it. How many batches the loader has is not
     in its state, so a warning is given as well where `limit_train_batches` ended the epoch, and nothing is lost. Where
     CheckpointGuard recorded the moment of the save, its run goes on with the end of that epoch, and none is given.
+
+    Saved in `on_train_epoch_start` of any epoch but the first, as when that hook raises an exception, Lightning takes
+    the epoch that begins for done. CheckpointGuard begins it.
     """
     plan = plan_resume(facts)
     if plan is None or plan.kind == "not-resumable":
@@ -252,8 +255,22 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
             "this moment where it divides the batches of an epoch. No epoch is lost where limit_train_batches ended it "
             "before the loader did.",
         )
+    elif plan.kind != "finished" and _in_hooks_of_epoch_start(facts):
+        yield warning(
+            f"saved in on_train_epoch_start, while epoch {plan.next_epoch:,} began: a resume takes that epoch for done "
+            "and trains at most one batch of it",
+            hint="Resume with CheckpointGuard, which begins it; or use the checkpoint of the end of the epoch before.",
+        )
     else:
         yield passed(plan.sentence)
+
+
+def _in_hooks_of_epoch_start(facts: Facts) -> bool:
+    """Whether an epoch, but the first, was prepared and not started; a guard that saved there knows."""
+    p = facts.progress
+    if facts.moment is not None or not p.epochs_completed or p.epochs_ready is None:
+        return False
+    return p.epochs_ready == p.epochs_completed + 1 == (p.epochs_begun or 0) + 1
 
 
 @rule(

@@ -56,6 +56,8 @@ def lost_guarantees(
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
         lost.append("it was saved at no moment that a run can go on at: what was left of that step or epoch is lost")
+    elif restart.point == "epoch_start":
+        lost.append("it was saved in on_train_epoch_start, and hooks of that epoch's start are called again")
     if restart is not None and restart.resume.get("told_to_stop"):
         lost.append("the run had been told to stop (trainer.should_stop), and trains on")
     if restart is not None and restart.leaves_out_fetched:

@@ -2,9 +2,10 @@
 
 Lightning 2.6 starts again at the next batch. What should have followed the save is left out: the validation that was
 due, the end of the epoch with its metrics and schedulers (#20495), the rest of an accumulation window (#19987); at the
-last batch of an epoch a stateful loader costs the whole next epoch; with `max_steps` an epoch's end is counted once
-more and trains a batch too many (#19403, #19617); a progress bar shows no total (#20603); SWA has no scheduler for the
-rest of its epoch. `ExactRestart` does the rest of the step or of the epoch first, with everything as it stood then.
+last batch of an epoch a stateful loader costs the whole next epoch, and so does a save in `on_train_epoch_start`; with
+`max_steps` an epoch's end is counted once more and trains a batch too many (#19403, #19617); a progress bar shows no
+total (#20603); SWA has no scheduler for the rest of its epoch. `ExactRestart` does the rest of the step or of the epoch
+first, with everything as it stood then.
 
 What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
 after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again. A checkpoint
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _IN_EPOCH = ("batch_end", "validation_end", "after_batch")
-_EPOCH_DONE = ("epoch_end", "between_epochs")
+_EPOCH_DONE = ("epoch_end", "between_epochs", "epoch_start")
 
 
 def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> ExactRestart | None:
@@ -56,6 +57,7 @@ def exact_restart(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> Exa
     with _explained(trainer):
         restart = ExactRestart(trainer, (checkpoint.get("callbacks") or {}).get(key) or {})
     loops = (checkpoint.get("loops") or {}).get("fit_loop", {})
+    _begin_epoch_that_was_prepared(loops)
     if restart.loader_states and "state_dict" in loops:
         loops["state_dict"]["combined_loader"] = restart.loader_states
     restart.install()
@@ -354,6 +356,15 @@ def _explained(trainer: Trainer) -> Iterator[None]:
             f"the state of CheckpointGuard in checkpoint {trainer.ckpt_path} cannot be restored, as it is not what the "
             f"guard saves or not of this run: {type(e).__name__}: {e}. Use another checkpoint"
         ) from e
+
+
+def _begin_epoch_that_was_prepared(loops: dict[str, Any]) -> None:
+    """Takes back that an epoch was prepared in which no batch was begun: Lightning takes that for the one before."""
+    trackers = [loops.get("epoch_progress", {}).get(part) or {} for part in ("total", "current")]
+    counts = [[t.get(name) for name in ("ready", "started", "processed", "completed")] for t in trackers]
+    if all(isinstance(ready, int) and [*rest] == [ready - 1] * 3 and ready > 1 for ready, *rest in counts):
+        for tracker in trackers:
+            tracker["ready"] -= 1
 
 
 def _of_others(rank_zero: dict[str, Any]) -> dict[str, Any]:

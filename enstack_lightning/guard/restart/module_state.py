@@ -47,7 +47,7 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
     known = point != "elsewhere"
     return {
         "evaluating": _evaluating(trainer, point) if known else None,
-        "hook": _hook_to_come(module) if known else None,
+        "hook": _hook_to_come(module) if known and point != "epoch_start" else None,
         **_observed(module),
         "buffers": dict(_buffers(module)),
     }

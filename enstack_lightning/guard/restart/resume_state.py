@@ -29,12 +29,13 @@ from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "between_epochs", "elsewhere"]
+Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "between_epochs", "epoch_start", "elsewhere"]
 """The moment of a save.
 
 batch_end: in `on_train_batch_end`, before the validation that may follow. validation_end: in `on_validation_end`.
 after_batch: between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch.
-between_epochs: after it. elsewhere: anything else, such as the middle of a step that raised an exception.
+between_epochs: after it. epoch_start: in `on_train_epoch_start` of an epoch but the first. elsewhere: anything else,
+such as the middle of a step that raised an exception.
 """
 
 
@@ -114,6 +115,8 @@ def point_of(trainer: Trainer) -> Point:
             return "epoch_end"
         if epoch.completed == epoch.processed:
             return "between_epochs"
+    elif epoch.ready - 1 == epoch.started == epoch.processed == epoch.completed > 0:
+        return "epoch_start"
     return "elsewhere"
 
 
