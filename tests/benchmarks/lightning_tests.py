@@ -1,6 +1,6 @@
 """Lightning's own tests without the guard and with it in every Trainer; what differs is printed, with its reason.
 
-    python tests/benchmarks/lightning_tests.py [--kept FOLDER] LIGHTNING [FILE...]
+    python tests/benchmarks/lightning_tests.py LIGHTNING [--kept FOLDER] [FILE...]
 
 LIGHTNING is a checkout of https://github.com/Lightning-AI/pytorch-lightning at the version that is installed, FILE a
 file or folder under its tests/tests_pytorch (by default those on checkpoints, callbacks, loops, data and restoring).
@@ -50,7 +50,8 @@ PUT_RIGHT = "the guard puts right what this Lightning gets wrong"
 EXPECTED = {
     "test_attach_model_callbacks|test_checkpoint_callbacks_are_last": "lists the callbacks: there is one more",
     "test_checkpoint_repeated_strategy|test_resume_incomplete|test_callbacks_(references|state)_fit_ckpt|"
-    "test_fit_ckpt_path_epoch_restored|test_checkpoint_find_last|test_cpu_slurm_save_load|test_dm_checkpoint_save": (
+    "test_fit_ckpt_path_epoch_restored|test_checkpoint_find_last|test_cpu_slurm_save_load|test_dm_checkpoint_save|"
+    "test_datamodule_hooks_are_profiled": (
         "resumes from a finished run: the guard refuses, for nothing would be trained"
     ),
     "test_model_checkpoint_only_weights": (
@@ -67,6 +68,7 @@ EXPECTED = {
         "wants the warning that a plain loader begins anew: where the guard goes on with the batches that are left, it "
         "leaves that out"
     ),
+    "test_resume_completed_epoch_with_max_steps": "asserts a sanity check before a resumed run: the guard has none",
     "test_stateful_trainer_ckpt_path_support": "loads a file without counters and optimizers: not to be resumed from",
 }
 """Tests that assert what the guard is there to refuse, or what one more callback changes by its nature."""
@@ -128,10 +130,12 @@ def reason_for(name: str, before: str, after: str) -> str:
 def main(checkout: Path, files: list[str], kept: Path | None) -> int:
     plain: dict[str, str] = {}
     guarded: dict[str, str] = {}
-    for name in files or FILES:
-        if (checkout / "tests/tests_pytorch" / name).exists():
-            for run, found in zip((plain, guarded), both_ways(checkout, name, kept), strict=True):
-                run |= found
+    folder = checkout / "tests/tests_pytorch"
+    if missing := [name for name in files or (".",) if not (folder / name).exists()]:
+        sys.exit(f"{folder} has no {', '.join(missing)}")
+    for name in files or filter(lambda name: (folder / name).exists(), FILES):
+        for run, found in zip((plain, guarded), both_ways(checkout, name, kept), strict=True):
+            run |= found
     reasons: list[str] = []
     for name in sorted(plain.keys() | guarded.keys()):
         before, after = plain.get(name, "not run"), guarded.get(name, "not run")
@@ -154,5 +158,5 @@ if __name__ == "__main__":
     parser.add_argument("checkout", metavar="LIGHTNING", type=Path)
     parser.add_argument("files", metavar="FILE", nargs="*")
     parser.add_argument("--kept", metavar="FOLDER", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     sys.exit(main(given.checkout.absolute(), given.files, given.kept))
