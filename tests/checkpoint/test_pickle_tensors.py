@@ -166,10 +166,9 @@ def test_versions_of_layers_are_read_in_one_step(in_a_row: tuple[bytes, int], mo
 def test_every_byte_of_tensors_in_a_row_changed(in_a_row: tuple[bytes, int]) -> None:
     pickled, begin = in_a_row
     for at in range(begin, len(pickled)):
-        for change in (0x01, 0x10, 0xFF):
-            changed = bytearray(pickled)
-            changed[at] ^= change
-            assert_alike(bytes(changed))
+        changed = bytearray(pickled)
+        changed[at] ^= (0x01, 0x10, 0xFF)[at % 3]
+        assert_alike(bytes(changed))
 
 
 def test_a_limit_of_opcodes_within_tensors_in_a_row(in_a_row: tuple[bytes, int]) -> None:

@@ -28,6 +28,12 @@ from enstack_lightning.guard.training.nonfinite import NonfiniteWatch, nonfinite
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.fixture(autouse=True)
+def every_look_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a look at these few gradients may take longer than a step is worth."""
+    monkeypatch.setattr(nonfinite, "_CHEAP_SECONDS", INF)
+
+
 class Sick(TinyModule):
     """Its loss is multiplied by `factor` in some steps, counted from 0 over the run."""
 
