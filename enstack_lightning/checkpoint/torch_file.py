@@ -50,6 +50,7 @@ _SERIALIZATION_ID = ".data/serialization_id"
 _ALIGNMENT = ".storage_alignment"
 _OWN_RECORDS = (".format_version", _ALIGNMENT, "byteorder", "version", ".data/version", _SERIALIZATION_ID)
 _NAMED_BY_TORCH = (_PICKLE, "constants.pkl")
+_FINGERPRINT, _FEW_DIGITS = re.compile(rb"\d{40}"), re.compile(rb"\d{1,18}\s?")
 _FORMS = {
     "float64": "d",
     "float32": "f",
@@ -314,7 +315,7 @@ class TorchFile:
         saved = self._own.get(_SERIALIZATION_ID)
         if not saved:
             return
-        if not re.fullmatch(rb"\d{40}", saved):
+        if not _FINGERPRINT.fullmatch(saved):
             self._note(f"it holds {saved[:50]!r} where 40 digits are needed", _SERIALIZATION_ID)
             return
         at = self.records[_SERIALIZATION_ID].header_offset
@@ -394,7 +395,7 @@ def _described(name: str, role: Role, tensor: TensorDescriptor) -> NamedTensor:
 
 def _number(text: bytes) -> int:
     """The number that a record holds as text; -1 for anything else."""
-    return int(text) if re.fullmatch(rb"\d{1,18}\s?", text) else -1
+    return int(text) if _FEW_DIGITS.fullmatch(text) else -1
 
 
 def _combined(crc32s: Iterable[int]) -> int:

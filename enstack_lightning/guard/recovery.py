@@ -44,10 +44,13 @@ def recovery_path(trainer: Trainer, plain: str, known: str = "") -> str:
 
 def recovery_names(place: Location) -> list[str]:
     """The recovery checkpoints in the folder of `place`, which is named without a version; those without come first."""
-    versions = _versions(place)
-    found: list[tuple[int, str]] = []
+    names: list[str] = []
     with contextlib.suppress(OSError):  # where there is no folder yet
-        found = [(int(m[1] or 0), name) for name in place.parent.names() if (m := versions.fullmatch(name))]
+        names = [name for name in place.parent.names() if name.startswith(_parts(place)[0])]
+    if not names:
+        return []  # as in most folders, and without a pattern, which takes longer to make than to use
+    versions = _versions(place)
+    found = [(int(m[1] or 0), name) for name in names if (m := versions.fullmatch(name))]
     return [name for _, name in sorted(found)]
 
 

@@ -29,6 +29,7 @@ _WANTED: dict[Format, tuple[str, ...]] = {
     Format.HUGGINGFACE: ("max_steps", "num_train_epochs"),
 }
 _LOOPS_SINCE = (1, 6)  # Lightning 1.6 began to save `loops`; newer ones migrate older files
+_VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})")
 _RANDOM_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
 
@@ -52,7 +53,7 @@ def _without_loops(needed: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[
 
 
 def _before_loops(facts: Facts) -> bool:
-    version = re.match(r"(\d{1,9})\.(\d{1,9})", facts.versions.get("lightning", ""))
+    version = _VERSION.match(facts.versions.get("lightning", ""))
     return version is not None and (int(version[1]), int(version[2])) < _LOOPS_SINCE
 
 
