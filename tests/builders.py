@@ -90,6 +90,16 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
 
 
+class SavesAsEpochsBegin(Callback):
+    """Saves `start-N.ckpt` in a hook after which Lightning takes the epoch that begins for done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"start-{trainer.current_epoch}.ckpt")
+
+
 def train_lightning(folder: Path, **options: Any) -> Path:
     """Trains for three epochs of five batches with the guard, saving after every step and every epoch."""
     torch.manual_seed(1)

@@ -151,7 +151,8 @@ class _Machine:
     def step_to_the_end(self) -> None:
         """Runs opcodes until STOP. Those that make up nine tenths of a checkpoint are written out for speed.
 
-        A tensor that is written as torch does is read at once; the opcodes that it is made of are counted all the same.
+        Tensors in a row, written as torch does, are read at once, and so are the versions of a module's layers; the
+        opcodes that they are made of are counted all the same.
         """
         data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
         stack, at, end = self.stack, self.at, self.end

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -89,7 +90,7 @@ class _Columns(NamedTuple):
 _NOTHING_BEFORE = (b"",) * _Columns._fields.index("kind")
 _puts = itemgetter(*(number for number, name in enumerate(_Columns._fields) if name.endswith("_put")))
 
-FIRST_OF_FOUR_BYTES = 256
+_FIRST_OF_FOUR_BYTES = 256
 _OPCODES = 23
 """Of a tensor with its key and its function, besides those that make its sizes and these:"""
 _OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
@@ -127,7 +128,7 @@ def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) ->
         PickleDefectError: as the machine would.
     """
     data, end, at = match.string, match.endpos, match.end()
-    if len(machine.memo) < FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+    if len(machine.memo) < _FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
         return at, 0
     rows = [_NOTHING_BEFORE + match.groups(b"")]
     while len(rows) < MAX_RUN and (found := _next(data, at, end)):
@@ -161,8 +162,10 @@ class _Run:
         self._machine = machine
         self._first = len(machine.memo)
         self._columns = columns = _Columns._make(zip(*rows, strict=True))
-        self._check_puts(rows)
-        self._check_lengths()
+        if not are_put_in_a_row(rows, _puts, self._first):
+            raise _UnusualError("values that are memoized in another order")
+        if not (are_as_long(columns.text, columns.text_length) and are_as_long(columns.key, columns.key_length)):
+            raise _UnusualError("a text of another length")
         self._check_functions()
         self._numbers = {text: _integer(text) for text in {*columns.numel, *columns.offset}}
         if min(self._numbers.values()) < 0:
@@ -192,7 +195,7 @@ class _Run:
         if number in columns.text_put and (row := columns.text_put.index(number)) < columns.far.index(number):
             return columns.text[row].decode("ascii")
         key = self._fetched(number)
-        if key.__class__ is not str or len(key) > MAX_KEY_LENGTH:
+        if not is_short_text(key):
             raise _UnusualError("a key that is no text, or too long")
         return str(key)
 
@@ -200,19 +203,6 @@ class _Run:
         """The word, the class and the device of a persistent id, and the dtype."""
         word, class_, device = (self._fetched(fetched[1:2]) for fetched in (kind, kind[2:], place))
         return word, class_, device, storage_of((word, class_, "", device, 0), legacy=False).dtype
-
-    def _check_puts(self, rows: list[tuple[bytes, ...]]) -> None:
-        puts = b"".join(chain.from_iterable(map(_puts, rows)))
-        count = len(puts) // 4
-        # Numbered like this, with one byte for each value that is fetched, no fetched value is one that is put here.
-        if puts != struct.pack(f"<{count}I", *range(self._first, self._first + count)):
-            raise _UnusualError("values that are memoized in another order")
-
-    def _check_lengths(self) -> None:
-        columns = self._columns
-        for lengths, texts in ((columns.text_length, columns.text), (columns.key_length, columns.key)):
-            if [*b"".join(lengths)] != [*map(len, filter(None, texts))]:
-                raise _UnusualError("a text of another length")
 
     def _check_functions(self) -> None:
         machine, columns = self._machine, self._columns
@@ -273,6 +263,30 @@ class _Run:
         machine.ordered.update(zip(map(id, all_hooks), all_hooks, strict=True))
         machine.work.hooks += all_hooks
         machine.tensors += tensors
+
+
+# What holds of all that is read in a row
+
+
+def are_put_in_a_row(
+    rows: Iterable[tuple[bytes, ...]], puts_of: Callable[[tuple[bytes, ...]], tuple[bytes, ...]], first: int
+) -> bool:
+    """Whether all LONG_BINPUTs are numbered one by one from `first` on, where the memo ends.
+
+    With one byte for each value that is fetched, no fetched value is then one that is put here.
+    """
+    puts = b"".join(chain.from_iterable(map(puts_of, rows)))
+    count = len(puts) // 4
+    return first >= _FIRST_OF_FOUR_BYTES and puts == struct.pack(f"<{count}I", *range(first, first + count))
+
+
+def are_as_long(texts: Iterable[bytes], lengths: Iterable[bytes]) -> bool:
+    """Whether each text has the length that its opcode says; empty where a row has none."""
+    return [*b"".join(lengths)] == [*map(len, filter(None, texts))]
+
+
+def is_short_text(key: Any) -> bool:
+    return key.__class__ is str and len(key) <= MAX_KEY_LENGTH
 
 
 def _is_rebuild(machine: Machine, value: object) -> bool:

@@ -12,12 +12,10 @@ As in `pickle_tensors`, what is not written exactly so is left to the machine.
 from __future__ import annotations
 
 import re
-import struct
 from itertools import chain
 from operator import itemgetter
 
-from enstack_lightning.checkpoint.pickle_tensors import FIRST_OF_FOUR_BYTES, Machine
-from enstack_lightning.checkpoint.pickle_values import MAX_KEY_LENGTH
+from enstack_lightning.checkpoint.pickle_tensors import Machine, are_as_long, are_put_in_a_row, is_short_text
 
 versions_in_a_row = re.compile(
     rb"r....j....K.s(?:X.\0\0\0[\w.]+r....\}r....j....K.s){0,9999}+",  # possessive, and so without memory for each
@@ -43,15 +41,11 @@ def read_versions(machine: Machine, match: re.Match[bytes], most_opcodes: int) -
     of_names = sum(map(len, texts)) + _BYTES_BESIDE_NAME * (len(rows) - 1)
     if opcodes > most_opcodes or _BYTES * len(rows) + of_names != match.end() - match.start():
         return 0
-    if [*b"".join(lengths)] != [*map(len, texts[1:])]:
-        return 0
     first = len(memo)
-    puts = b"".join(chain.from_iterable(map(_puts, rows)))
-    numbers = range(first, first + len(puts) // 4)
-    if first < FIRST_OF_FOUR_BYTES or puts != struct.pack(f"<{len(numbers)}I", *numbers):
+    if not all(texts[1:]) or not are_as_long(texts, lengths) or not are_put_in_a_row(rows, _puts, first):
         return 0
     keys = {number: memo.get(int.from_bytes(number, "little")) for number in set(fetched)}
-    if not all(key.__class__ is str and len(key) <= MAX_KEY_LENGTH for key in keys.values()):
+    if not all(map(is_short_text, keys.values())):
         return 0
     values = [{keys[number]: value[0]} for *_, number, value in rows]
     stack[-1].update(values[0])
@@ -59,5 +53,5 @@ def read_versions(machine: Machine, match: re.Match[bytes], most_opcodes: int) -
     memoized = stack[-1:]
     memoized += chain.from_iterable(named)
     stack += memoized[1:]
-    memo.update(zip(numbers, memoized, strict=True))
+    memo.update(enumerate(memoized, first))
     return opcodes

@@ -131,9 +131,10 @@ def main(checkout: Path, files: list[str], kept: Path | None) -> int:
     plain: dict[str, str] = {}
     guarded: dict[str, str] = {}
     folder = checkout / "tests/tests_pytorch"
-    if missing := [name for name in files or (".",) if not (folder / name).exists()]:
-        sys.exit(f"{folder} has no {', '.join(missing)}")
-    for name in files or filter(lambda name: (folder / name).exists(), FILES):
+    there = [name for name in files or FILES if (folder / name).exists()]
+    if not there or (files and there != files):
+        sys.exit(f"{folder} has no {', '.join(name for name in files or FILES if name not in there)}")
+    for name in there:
         for run, found in zip((plain, guarded), both_ways(checkout, name, kept), strict=True):
             run |= found
     reasons: list[str] = []

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
+from builders import SavesAsEpochsBegin, TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
 from genuine import huggingface_trainer
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.checkpoint import Facts, Format, Report, Severity, Verdict, judge, verify_checkpoint
@@ -95,17 +94,8 @@ def test_an_epoch_that_a_resume_at_its_last_batch_loses_is_told_before_and_after
     assert "2 epochs count as complete and 1 had begun: 1 of them was not trained" in said(report, "CK302", "warning")
 
 
-class SavesAsAnEpochBegins(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self.path.with_name(f"start-{trainer.current_epoch}.ckpt"))
-
-
 def test_an_epoch_that_had_begun_is_lost_without_the_guard_and_told(tmp_path: Path) -> None:
-    saves = SavesAsAnEpochBegins(tmp_path / "start.ckpt")
-    quiet_trainer(tmp_path, saves, every_epoch(tmp_path)).fit(TinyModule())
+    quiet_trainer(tmp_path, SavesAsEpochsBegin(tmp_path), every_epoch(tmp_path)).fit(TinyModule())
     assert "CK305" not in {f.code for f in verify_checkpoint(tmp_path / "start-0.ckpt").of(Severity.WARNING)}
     report = verify_checkpoint(tmp_path / "start-1.ckpt")
     assert "takes that epoch for done" in said(report, "CK305", "warning")

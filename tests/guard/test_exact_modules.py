@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders import quiet_trainer
+from builders import SavesAsEpochsBegin, quiet_trainer
 from exact_runs import BATCHES, Recorded, differences, train
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, RunningMean, RunningSum
 from torchmetrics.wrappers import MinMaxMetric
 
 from enstack_lightning.checkpoint import verify_checkpoint
+from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,17 +73,6 @@ def test_double_weights_are_evaluated_as_they_were_saved(tmp_path: Path) -> None
 # Saved as an epoch begins
 
 
-class SavesAsAnEpochBegins(Callback):
-    """Saves in a hook after which Lightning takes the epoch that begins for done."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            trainer.save_checkpoint(self.path)
-
-
 def steps(run: dict[str, Any]) -> list[Any]:
     """Of each batch that was trained the epoch, its number, the step, the rows, the loss and the learning rate."""
     return [event for event in run["events"] if event[0] == "step"]
@@ -97,13 +87,13 @@ def steps(run: dict[str, Any]) -> list[Any]:
 def test_an_epoch_that_had_begun_when_it_was_saved_is_trained(
     data: dict[str, Any], knows: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "start.ckpt"
-    whole = train(tmp_path, data, BOTH, callbacks=(SavesAsAnEpochBegins(path),))
+    path = tmp_path / "start-1.ckpt"
+    whole = train(tmp_path, data, BOTH, callbacks=(SavesAsEpochsBegin(tmp_path),))
     if not knows:
         checkpoint = torch.load(path, weights_only=True)
         del checkpoint["callbacks"]["CheckpointGuard"]
         torch.save(checkpoint, path)
-        (tmp_path / "start.ckpt.manifest.json").unlink()
+        manifest_path(path).unlink()
     assert ("CK305" in str(verify_checkpoint(path))) is not knows
     with caplog.at_level(logging.INFO):
         again = train(tmp_path / "again", data, BOTH, path, seed=9)

@@ -9,6 +9,7 @@ import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
+from enstack_lightning.guard.live import named_parameters
 from enstack_lightning.guard.restart.lost_by_loaders import lost_by_loaders
 from enstack_lightning.guard.restart.module_state import lost_by_module
 from enstack_lightning.guard.restart.plain_order import drawn_anew
@@ -47,7 +48,7 @@ def lost_guarantees(
         trainer: the Trainer, with everything restored.
         named: the module's parameters by name, where they are known already.
     """
-    named = dict(trainer.lightning_module.named_parameters()) if named is None else named
+    named = named_parameters(trainer) if named is None else named
     changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
     lost = [said for code, said in _LOST.items() if code in changed]
     if restart is not None and restart.is_of_another_version:
