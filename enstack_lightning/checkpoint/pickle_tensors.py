@@ -187,7 +187,7 @@ class _Run:
         self.opcodes += sum(sizes[text][1] for text in chain(columns.shape, columns.stride))
 
     def _fetched(self, number: bytes) -> Any:
-        return self._machine.memo.get(int.from_bytes(number, "little"))
+        return fetched_from_before(self._machine.memo, number)
 
     def _key(self, number: bytes) -> str:
         """The key that is fetched: one from before, or the name of a tensor in this row."""
@@ -278,6 +278,15 @@ def are_put_in_a_row(
     puts = b"".join(chain.from_iterable(map(puts_of, rows)))
     count = len(puts) // 4
     return first >= _FIRST_OF_FOUR_BYTES and puts == struct.pack(f"<{count}I", *range(first, first + count))
+
+
+def fetched_from_before(memo: dict[int, Any], number: bytes) -> Any:
+    """The value that is fetched, if its number comes before all that are put here; else None.
+
+    Where a pickle left numbers out, one that is put here may have stood for another value.
+    """
+    index = int.from_bytes(number, "little")
+    return memo.get(index) if index < len(memo) else None
 
 
 def are_as_long(texts: Iterable[bytes], lengths: Iterable[bytes]) -> bool:

@@ -15,7 +15,13 @@ import re
 from itertools import chain
 from operator import itemgetter
 
-from enstack_lightning.checkpoint.pickle_tensors import Machine, are_as_long, are_put_in_a_row, is_short_text
+from enstack_lightning.checkpoint.pickle_tensors import (
+    Machine,
+    are_as_long,
+    are_put_in_a_row,
+    fetched_from_before,
+    is_short_text,
+)
 
 versions_in_a_row = re.compile(
     rb"r....j....K.s(?:X.\0\0\0[\w.]+r....\}r....j....K.s){0,9999}+",  # possessive, and so without memory for each
@@ -44,7 +50,7 @@ def read_versions(machine: Machine, match: re.Match[bytes], most_opcodes: int) -
     first = len(memo)
     if not all(texts[1:]) or not are_as_long(texts, lengths) or not are_put_in_a_row(rows, _puts, first):
         return 0
-    keys = {number: memo.get(int.from_bytes(number, "little")) for number in set(fetched)}
+    keys = {number: fetched_from_before(memo, number) for number in set(fetched)}
     if not all(map(is_short_text, keys.values())):
         return 0
     values = [{keys[number]: value[0]} for *_, number, value in rows]

@@ -214,6 +214,26 @@ def numbers_beside(number: bytes) -> list[bytes]:
     return [struct.pack("<I", value + more) for more in range(-30, 60)]
 
 
+@pytest.mark.parametrize(
+    ("put", "fetched"),
+    [
+        pytest.param(rb"h.\)Rr....tr....Rr(....)u", rb"j(....)h.\(\(", id="a tensor, fetched as a key of a state"),
+        pytest.param(rb"encoder.0r(....)", rb"j(....)K.s", id="a layer's name, fetched as the key of a version"),
+    ],
+)
+def test_a_number_put_early_and_again_in_a_row(put: bytes, fetched: bytes) -> None:
+    """Which no pickler writes: what is fetched by it is what was put last, for torch, and so it is here."""
+    state = {number: {"step": torch.tensor(7.0), "exp_avg": torch.ones(5)} for number in range(3)}
+    many = {f"value {n}": n for n in range(256)}
+    versions = dict(module().state_dict()._metadata)
+    pickled = torch_pickle({"first": torch.ones(2), **many, "state": state, "versions": versions})
+    number = re.search(put, pickled, re.DOTALL)[1]
+    use = list(re.finditer(fetched, pickled, re.DOTALL))[-1]
+    again = pickled[: use.start(1)] + number + pickled[use.end(1) :]
+    assert len(outcome(again)) == OUTCOME
+    assert_alike(re.sub(rb"(?s)value 7q.", lambda _: b"value 7r" + number, again))
+
+
 def test_a_key_too_long_and_states_that_are_none(in_a_row: tuple[bytes, int]) -> None:
     pickled, begin = in_a_row
     long = b"X" + struct.pack("<I", 9_000) + b"s" * 9_000
