@@ -493,9 +493,18 @@ class _Machine:
                 self.tensors.append(result)
             elif rebuild is _REBUILD_ORDERED_DICT:
                 self.ordered[id(result)] = result
+            if result and result.__class__ in CONTAINERS:
+                self.share(result)
         else:
             result = self.call(function, args)
         self.stack[-1] = result
+
+    def share(self, result: Any) -> None:
+        """Notes what a rebuild function took out of its arguments, in which it still lies."""
+        values = () if isinstance(result, Call) else result
+        if isinstance(result, dict):
+            values = (*result, *result.values())
+        self.shared.update((id(value), UNSEEN) for value in (result, *values) if value.__class__ in CONTAINERS)
 
     def new_object(self) -> None:
         args = self.stack.pop()
@@ -541,7 +550,7 @@ class _Machine:
 
     def persistent_id(self) -> None:
         pid = self.stack.pop()
-        if self.legacy and isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+        if self.legacy and isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
             self.stack.append(pid[1])  # the class of a module, and its source code, which torch would compare
             return
         self.stack.append(self.storage(pid))

@@ -456,6 +456,40 @@ def test_doubling_is_a_defect() -> None:
     assert "each counted wherever" in str(defect(pickled))
 
 
+A_CALL = b"ca\nb\n(%bt"
+HANDS_ON = {
+    "collections.Counter": b"}K\x01%bs\x85",
+    "collections.OrderedDict": b"](](K\x01%bee\x85",
+    "builtins.set": b"](" + A_CALL + b"Re\x85",
+    "torch.nn.parameter.Parameter": A_CALL + b"R\x85",
+    "torch._utils._rebuild_parameter": A_CALL + b"R\x88N\x87",
+    "torch._tensor._rebuild_from_type_v2": b"(ctorch.nn.parameter\nParameter\nca\nb\n" + A_CALL + b"R\x85Nt",
+}
+
+
+@pytest.mark.parametrize("function", HANDS_ON)
+def test_what_a_function_hands_on_of_its_arguments_is_walked_once(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called twice with the same arguments, and so on for fifteen levels: 2**15 to a walk that takes them for two."""
+    value = b"]K\x01a"
+    for level in range(15):
+        call, again = (named(function) + args + b"R" for args in (HANDS_ON[function] % value, b"h%c" % level))
+        value = b"](" + call[:-1] + b"q%cR" % level + again + b"e"
+    walked = []
+    inner = pickle_tree._inner
+    monkeypatch.setattr(pickle_tree, "_inner", lambda container: walked.append(1) or inner(container))
+    read_pickle(b"\x80\x02" + value + b".")
+    assert len(walked) < 15 * 8
+
+
+def test_the_class_of_a_module_before_1_6_is_a_name() -> None:
+    module = b"\x80\x02(" + text("module") + b"%b" + text("file") + text("source") + b"tQ."
+    assert read_pickle_at(module % named("a.b"), 0)[0].value == Global("a", "b")
+    with pytest.raises(PickleDefectError, match="persistent id"):
+        read_pickle_at(module % b"]", 0)
+
+
 @pytest.mark.parametrize("last", [{"a": 1, "b": 2}, [1, (2, 3)], (1, 2), {1, 2}, {(1, 2): 3}, {"a": {"b": 1}}])
 def test_every_value_counts(last: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pickled = pickle.dumps([0, [1], last], 4)
