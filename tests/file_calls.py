@@ -1,7 +1,8 @@
 """The file calls of a save, each of which can be the last one of its process, or fail, or take its time.
 
 A child process kills itself at its n-th call that opens, writes, syncs, renames or removes something. A killed write
-leaves half of its bytes. Where `power loss` is played, what was not synchronised is lost as well.
+leaves half of its bytes. Where a power loss is played, what was not synchronised is lost as well: the bytes of a file,
+and of a folder the names that came into it or went; all of these, or all but the last, as no order is promised.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -24,11 +26,15 @@ CALLS = ("open", "write", "fsync", "fdatasync", "replace", "unlink", "remove", "
 class CrashPoint:
     """Counts the file calls of this process, and kills it (or lets the call fail) at one of them."""
 
-    def __init__(self, at: int, power_loss: bool = False, error: int | None = None) -> None:
+    def __init__(
+        self, at: int, power_loss: bool = False, last_name_stays: bool = False, error: int | None = None
+    ) -> None:
         self.at, self.power_loss, self.error = at, power_loss, error
+        self.last_name_stays = last_name_stays
         self.made: list[str] = []
         self._paths: dict[int, str] = {}
         self._unsynced: set[str] = set()
+        self._names: list[tuple[str, Callable[[], object]]] = []
         self._lock = threading.RLock()
 
     def install(self) -> None:
@@ -46,8 +52,11 @@ class CrashPoint:
                         call(args[0], bytes(args[1])[: len(args[1]) // 2])
                     self._die()
                 self.made.append(name)
+                undone = _before(name, args) if self.power_loss else None
                 result = call(*args, **kwargs)
                 self._follow(name, args, result)
+                if undone is not None:
+                    self._names.append(undone)
                 return result
 
         return counted
@@ -58,7 +67,9 @@ class CrashPoint:
         elif name == "write":
             self._unsynced.add(self._paths.get(args[0], ""))
         elif name in ("fsync", "fdatasync"):
-            self._unsynced.discard(self._paths.get(args[0], ""))
+            synced = self._paths.get(args[0], "")
+            self._unsynced.discard(synced)
+            self._names = [(folder, undo) for folder, undo in self._names if folder != synced]
         elif name == "replace" and os.fspath(args[0]) in self._unsynced:
             self._unsynced.add(os.fspath(args[1]))
 
@@ -66,7 +77,22 @@ class CrashPoint:
         for path in self._unsynced if self.power_loss else ():
             if Path(path).is_file():
                 os.truncate(path, 0)
+        for _, undo in reversed(self._names[:-1] if self.last_name_stays else self._names):
+            undo()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _before(name: str, args: tuple[Any, ...]) -> tuple[str, Callable[[], object]] | None:
+    """The folder in which a call sets or takes a name, and what brings that folder back to the moment before it."""
+    if name not in ("replace", "unlink", "remove", "mkdir"):
+        return None
+    path = Path(os.fspath(args[-1] if name == "replace" else args[0]))
+    if name == "mkdir":
+        return str(path.parent), lambda: shutil.rmtree(path, ignore_errors=True)
+    if path.is_file() and not path.is_symlink():
+        content = path.read_bytes()
+        return str(path.parent), lambda: path.write_bytes(content)
+    return str(path.parent), lambda: path.unlink(missing_ok=True)
 
 
 def in_child(crash: CrashPoint, work: Callable[[Tell], None]) -> list[str]:

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Options, find_last_good
+from enstack_lightning.checkpoint.manifest import manifest_path
 from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 
@@ -77,10 +78,14 @@ def points(calls: list[str], every_write: int) -> list[int]:
     return [n for n, name in enumerate(calls) if name != "write" or writes.index(n) % every_write == 0]
 
 
+CRASHES = [{}, {"power_loss": True}, {"power_loss": True, "last_name_stays": True}]
+KINDS = ["killed", "power loss", "power loss, and the last name on the disk"]
+
+
 @pytest.mark.parametrize("over", [False, True], ids=["a new name", "the same name"])
-@pytest.mark.parametrize("power_loss", [False, True], ids=["killed", "power loss"])
+@pytest.mark.parametrize("kind", CRASHES, ids=KINDS)
 def test_a_crash_at_a_file_call_leaves_the_right_checkpoint(
-    over: bool, power_loss: bool, trained: Path, tmp_path: Path
+    over: bool, kind: dict[str, bool], trained: Path, tmp_path: Path
 ) -> None:
     run = Run(trained, tmp_path, over)
     calls = run.calls()
@@ -88,7 +93,9 @@ def test_a_crash_at_a_file_call_leaves_the_right_checkpoint(
     tried = points(calls, every_write=25)
     assert len(tried) >= 25
     for at in tried:
-        run.check(run.crash(at, power_loss=power_loss), (at, calls[at]))
+        said = run.crash(at, **kind)
+        run.check(said, (at, calls[at]))
+        assert "saved" not in said or manifest_path(run.place / run.new).exists(), (at, calls[at])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
@@ -105,12 +112,12 @@ def test_a_call_that_fails_leaves_the_right_checkpoint(number: int, over: bool, 
 
 @pytest.mark.faults_long
 @pytest.mark.parametrize("over", [False, True], ids=["a new name", "the same name"])
-@pytest.mark.parametrize("power_loss", [False, True], ids=["killed", "power loss"])
-def test_every_crash_point(over: bool, power_loss: bool, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CRASHES, ids=KINDS)
+def test_every_crash_point(over: bool, kind: dict[str, bool], trained: Path, tmp_path: Path) -> None:
     run = Run(trained, tmp_path, over)
     calls = run.calls()
     for at in range(len(calls)):
-        said = run.crash(at, power_loss=power_loss)
+        said = run.crash(at, **kind)
         good = find_last_good(run.place, Options(digests=True))
         assert good is not None, (at, calls[at])
         if at % 10 == 0:
