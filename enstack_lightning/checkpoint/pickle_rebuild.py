@@ -177,8 +177,8 @@ def _rebuild_sparse_tensor(work: Work, args: tuple[Any, ...]) -> TensorDescripto
     if not isinstance(data, tuple) or len(data) not in ((4,) if compressed else (3, 4)) or layout == "strided":
         raise PickleDefectError(f"a tensor of layout {layout} is built from {_said(data)}")
     parts, shape = data[: 2 + compressed], sizes_of(data[2 + compressed])
-    if not all(isinstance(part, TensorDescriptor) for part in parts):
-        raise PickleDefectError(f"a tensor of layout {layout} is built from something that is no tensor")
+    if not all(isinstance(part, TensorDescriptor) and not part.parts for part in parts):
+        raise PickleDefectError(f"a tensor of layout {layout} is built from something that is no dense tensor")
     if not compressed and not _are_of_one_shape(parts[0].shape, parts[1].shape, shape):
         raise PickleDefectError(f"a {layout} tensor of {len(shape)} dimensions has indices and values of other sizes")
     return TensorDescriptor(None, parts[-1].dtype, shape, (), 0, layout, parts)

@@ -15,6 +15,9 @@ from enstack_lightning.checkpoint.facts import OddityKind
 MAX_KEY_LENGTH = 8_192
 MAX_WORK = 1_000_000
 _MAX_INT_KEY = 2**60
+_MAX_KEY_DEPTH = 8
+_MAX_OF_ONE_HASH = 32
+"""Keys whose hashes are equal: a dict compares each with all others. All tuples of five -1 and -2 are as many."""
 
 
 class PickleDefectError(ValueError):
@@ -206,6 +209,8 @@ class Work:
     def __init__(self) -> None:
         self.steps = 0
         self.hooks: list[Mapping[Any, Any]] = []
+        self._first_of_hash: dict[int, Any] = {}
+        self._others_of_hash: dict[int, set[Any]] = {}
 
     def spend(self, steps: int) -> None:
         """Counts values copied by a rebuild function, keys that are slow to compare, wide text, sets."""
@@ -229,28 +234,46 @@ class Work:
             # What a pickler writes has no key twice; one reader would take the first value, one the last.
             raise PickleDefectError("a key is set twice")
 
-    def keys(self, values: Sequence[Any], nested: bool = False) -> Sequence[Any]:
-        """The values, each fit to be a key: cheap to hash, to compare and, by its hash, to tell apart."""
+    def keys(self, values: Sequence[Any], depth: int = 0) -> Sequence[Any]:
+        """The values, each fit to be a key: cheap to hash, to compare and, by its hash, to tell apart.
+
+        Args:
+            values: the keys, or the values of a tuple that is one.
+            depth: how many tuples they lie in.
+        """
         for key in values:
             kind = key.__class__
             if kind is str or kind is bytes:
                 if len(key) > MAX_KEY_LENGTH:
                     raise PickleDefectError(f"a text of {len(key):,} characters is used as a key")
-            elif kind is int:
-                # Multiples of 2**61 - 1 share one hash: a million of them would take hours.
-                if not -_MAX_INT_KEY < key < _MAX_INT_KEY:
-                    raise PickleDefectError(f"an integer of {key.bit_length():,} bits is used as a key")
-            elif kind is float:
-                self.spend(20)  # some hundreds of floats share one hash
+            elif kind is int and -_MAX_INT_KEY < key < _MAX_INT_KEY:
+                continue
             elif kind is tuple:
                 # Hashing a deeply nested tuple overflows the C stack, and a long one takes long every time.
                 self.spend(len(key) + 1)
-                if nested:
-                    raise PickleDefectError("a nested tuple is used as a key")
-                self.keys(key, nested=True)
+                if depth == _MAX_KEY_DEPTH:
+                    raise PickleDefectError(f"a tuple nested more than {_MAX_KEY_DEPTH} times is used as a key")
+                self.keys(key, depth + 1)
+                self._tell_apart(key)
+            elif kind in _KEY_TYPES_OF_NUMBERS:
+                self._tell_apart(key)
             elif kind not in _KEY_TYPES:
                 raise PickleDefectError(f"a {kind.__name__} is used as a key")
         return values
 
+    def _tell_apart(self, key: Any) -> None:
+        """Counts different keys by their hash, which whoever chooses their numbers may make equal."""
+        self.spend(5)
+        number = hash(key)
+        first = self._first_of_hash.setdefault(number, key)
+        if first is not key and first != key:
+            others = self._others_of_hash.setdefault(number, set())
+            others.add(key)
+            if len(others) == _MAX_OF_ONE_HASH:
+                raise PickleDefectError(f"more than {_MAX_OF_ONE_HASH} keys have one hash")
 
-_KEY_TYPES = frozenset({bool, type(None), complex, Global, Call, TensorDescriptor, StorageDescriptor})
+
+_KEY_TYPES_OF_NUMBERS = frozenset({int, float, complex, TensorDescriptor, StorageDescriptor})
+"""Their hashes follow from numbers alone, or may be led to equal ones by them; an integer up to 2**60 is its own."""
+
+_KEY_TYPES = frozenset({bool, type(None), Global, Call})

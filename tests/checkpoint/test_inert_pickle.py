@@ -71,6 +71,10 @@ def tensor(shape: bytes = b"K\x02K\x03\x86", stride: bytes = b"K\x03K\x01\x86", 
     return named("torch._utils._rebuild_tensor_v2") + b"(" + header + b"tR"
 
 
+def called(name: str, *args: bytes) -> bytes:
+    return named(name) + b"(" + b"".join(args) + b"tR"
+
+
 def defect(pickled: bytes) -> PickleDefectError:
     with pytest.raises(PickleDefectError) as caught:
         read_pickle(pickled)
@@ -80,8 +84,15 @@ def defect(pickled: bytes) -> PickleDefectError:
 # What Python writes
 
 plain_keys = st.one_of(
-    st.text(max_size=8), st.integers(-(2**59), 2**59), st.booleans(), st.none(), st.binary(max_size=4)
+    st.text(max_size=8),
+    st.integers(-(2**200), 2**200),
+    st.floats(allow_nan=False),
+    st.complex_numbers(allow_nan=False),
+    st.booleans(),
+    st.none(),
+    st.binary(max_size=4),
 )
+tuple_keys = st.recursive(plain_keys, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=5)
 plain_values = st.recursive(
     st.one_of(
         st.none(),
@@ -97,7 +108,7 @@ plain_values = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=6),
         st.lists(inner, max_size=4).map(tuple),
-        st.dictionaries(st.one_of(plain_keys, st.tuples(plain_keys, plain_keys)), inner, max_size=6),
+        st.dictionaries(tuple_keys, inner, max_size=6),
         st.dictionaries(plain_keys, inner, max_size=4).map(collections.OrderedDict),
     ),
     max_leaves=30,
@@ -555,9 +566,11 @@ BROKEN = {
     "a key twice, apart": b"\x80\x02}K\x01NsK\x01Ns.",
     "one and true as keys": b"\x80\x02}(K\x01N\x88Nu.",
     "a list as a key": b"\x80\x02}]Ns.",
-    "a nested tuple as a key": b"\x80\x02})\x85\x85Ns.",
+    "a tuple nested ten times as a key": b"\x80\x02})" + b"\x85" * 10 + b"Ns.",
     "a long text as a key": b"\x80\x02}" + text("a" * 10_000) + b"Ns.",
-    "an integer that collides as a key": b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"Ns.",
+    "integers that collide as keys": b"\x80\x02}("
+    + b"".join(b"\x8a\x09" + ((2**61 - 1) * n).to_bytes(9, "little") + b"N" for n in range(40))
+    + b"u.",
     "a global of numbers": b"\x80\x04K\x01K\x02\x93.",
     "a computed global": b"\x80\x04" + named("a.b") + b")R" + text("system") + b"\x93.",
     "a global called nothing": b"\x80\x04" + text("") + text("system") + b"\x93.",
@@ -706,6 +719,38 @@ def test_a_pickle_within_a_pickle_is_named_and_its_bytes_kept() -> None:
 
 P = 2**61 - 1
 MOST = MAX_OPCODES - 10
+
+
+def pairs_of_one_hash(count: int) -> list[tuple[int, int]]:
+    """Found by undoing the last step of CPython's `tuplehash`, Objects/tupleobject.c."""
+    prime_1, prime_2, prime_5 = 11400714785074694791, 14029467366897019727, 2870177450012600261
+    undo_2 = pow(prime_2, -1, 2**64)
+    found, first = [], 0
+    while len(found) < count:
+        first += 1
+        lane = (prime_5 + first * prime_2) % 2**64
+        lane = (lane << 31 | lane >> 33) % 2**64 * prime_1 % 2**64
+        second = -lane * undo_2 % 2**64
+        if second < 2**60:
+            found.append((first, second))
+    assert len(set(map(hash, found))) == 1
+    return found
+
+
+def nested_sparse_tensors(levels: int) -> bytes:
+    """Each of three times the one before."""
+    layout = named("torch.serialization._get_layout") + text("torch.sparse_csr") + b"\x85R"
+    value = tensor()
+    for level in range(levels):
+        value = called(
+            "torch._utils._rebuild_sparse_tensor",
+            layout,
+            b"(%bq%ch%ch%cK\x02K\x02\x86t" % (value, level, level, level),
+        )
+    return value
+
+
+PAIRS = pairs_of_one_hash(50_000)
 BOMBS = {
     "lists": b"(" + b"]" * MOST + b"t.",
     "lists by the 64 MB": b"]" * (64 * 2**20 - 3) + b".",
@@ -718,6 +763,14 @@ BOMBS = {
     "integers with one hash as keys": b"}("
     + b"".join(b"\x8a\x0c" + (P * i).to_bytes(12, "little") + b"N" for i in range(1, 700_000))
     + b"u.",
+    "tuples with one hash as keys": b"}("
+    + b"".join(b"\x8a\x08%b\x8a\x08%b\x86N" % tuple(n.to_bytes(8, "little") for n in pair) for pair in PAIRS)
+    + b"u.",
+    "complex numbers with one hash as keys": named("builtins.complex")
+    + b"q\x00}("
+    + b"".join(b"h\x00G%bG%b\x86RN" % (struct.pack(">d", -1000003 * n), struct.pack(">d", n)) for n in range(200_000))
+    + b"u\x86.",
+    "a sparse tensor of sparse tensors as a key": b"}" + nested_sparse_tensors(60) + b"Ns.",
     "floats as keys": b"}(" + b"".join(b"G" + struct.pack(">d", 2.0**61 * i) + b"N" for i in range(700_000)) + b"u.",
     "tuples as keys": b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"\x85N" for i in range(370_000)) + b"u.",
     "a long tuple as a key again and again": b"((" + b"K\x01" * 500_000 + b"tq\x00" + b"}h\x00Ns" * 200_000 + b"t.",
@@ -801,10 +854,6 @@ def _with_limit(pickled: bytes, limit: int) -> PickleDefectError:
 
 
 # What torch would load as something else than it seems, or not at all
-
-
-def called(name: str, *args: bytes) -> bytes:
-    return named(name) + b"(" + b"".join(args) + b"tR"
 
 
 def mapping(*entries: bytes) -> bytes:
