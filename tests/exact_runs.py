@@ -314,12 +314,19 @@ def differences(whole: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
     return found
 
 
-if __name__ == "__main__":
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """In each of two processes: of every case the whole run and those from the named checkpoints."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    two = {"strategy": "ddp", "devices": 2, **options["trainer"]}
-    found = [train(folder / "whole", options["module"], two, saves=tuple(options["names"]), seed=1 + rank)]
-    for number, name in enumerate(options["names"]):
-        path = folder / "whole" / f"{name}.ckpt"
-        found.append(train(folder / str(number), options["module"], two, path, seed=50 + rank + number))
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    for case, options in cases.items():
+        if rank == 0:
+            print(f"case {case}", file=sys.stderr)
+        two, place = {"strategy": "ddp", "devices": 2, **options["trainer"]}, folder / case
+        found = [train(place / "whole", options["module"], two, saves=tuple(options["names"]), seed=1 + rank)]
+        for number, name in enumerate(options["names"]):
+            path = place / "whole" / f"{name}.ckpt"
+            found.append(train(place / str(number), options["module"], two, path, seed=50 + rank + number))
+        (place / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

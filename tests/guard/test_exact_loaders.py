@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import exact_runs
 import numpy as np
 import pytest
 import torch
@@ -353,21 +348,6 @@ def test_asking_a_sampler_twice_changes_nothing() -> None:
     assert not order_comes_back(loader, 0, 3)
     after = generator.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after, strict=True))
-
-
-def test_two_processes_with_an_order_of_torchdatas_own(tmp_path: Path) -> None:
-    """Lightning wraps that sampler, and its generator begins anew in every run."""
-    names = ["batch-2", "epoch-1"]
-    options = {"module": {"order": "shuffle"}, "trainer": {"max_epochs": 2}, "names": names}
-    command = [sys.executable, "-W", "ignore", exact_runs.__file__, str(tmp_path), json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("exact  ")]
-    assert "the order of DistributedSamplerWrapper is drawn anew" in said[0]
-    assert "drawn anew" not in said[1]
-    for rank in (0, 1):
-        whole, _, from_an_end = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert differences(whole, from_an_end) == []
 
 
 # Loaders that are made anew by epoch

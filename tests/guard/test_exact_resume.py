@@ -236,45 +236,78 @@ def test_gradients_are_saved_only_inside_a_window(tmp_path: Path) -> None:
 # Two processes
 
 
-@pytest.mark.parametrize(
-    ("module", "trainer", "names"),
-    [
-        (
-            {"noise": True},
-            {"accumulate_grad_batches": 3, "max_epochs": 2, "val_check_interval": 2},
-            ("batch-2", "batch-3", "epoch-1"),
-        )
-    ],
-)
-def test_two_processes(module: dict[str, Any], trainer: dict[str, Any], names: tuple[str, ...], tmp_path: Path) -> None:
+TWO_PROCESSES = {
+    "gathers": {
+        "module": {"noise": True},
+        "trainer": {"accumulate_grad_batches": 3, "max_epochs": 2, "val_check_interval": 2},
+        "names": ["batch-2", "batch-3", "epoch-1"],
+    },
+    "plain loader": {
+        "module": {"order": "plain", "noise": True},
+        "trainer": {"max_epochs": 2},
+        "names": ["batch-6"],
+    },
+    "torchdata's own order": {
+        "module": {"order": "shuffle"},
+        "trainer": {"max_epochs": 2},
+        "names": ["batch-2", "epoch-1"],
+    },
+}
+
+
+class OfTwo:
+    """What two processes, started once for all cases, recorded of the whole run and of those from the checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        call = [sys.executable, "-W", "ignore", exact_runs.__file__, str(folder), json.dumps(TWO_PROCESSES)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(call, stderr=subprocess.PIPE, text=True, check=False, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        self._said = done.stderr
+
+    def records(self, case: str) -> list[list[dict[str, Any]]]:
+        """Of each process."""
+        return [json.loads((self.folder / case / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+    def exact(self, case: str) -> list[str]:
+        """What the resumed runs promised."""
+        of_case = self._said.partition(f"case {case}\n")[2].partition("\ncase ")[0]
+        return [line for line in of_case.splitlines() if line.startswith("exact  ")]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> OfTwo:
+    return OfTwo(tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes(of_two: OfTwo, tmp_path: Path) -> None:
     """Each draws other random numbers and gathers other values; only rank 0 writes."""
-    records = of_two_processes(tmp_path, module, trainer, names)
+    case, records = TWO_PROCESSES["gathers"], of_two.records("gathers")
     for whole, *resumed in records:
-        for name, run in zip(names, resumed, strict=True):
+        for name, run in zip(case["names"], resumed, strict=True):
             assert differences(whole, run) == [], name
     done = [row for record in records for row in rows_of_epoch(record[0], 0)[: 3 * exact_runs.BATCH_SIZE]]
+    path = of_two.folder / "gathers" / "whole" / "batch-3.ckpt"
     with pytest.warns(UserWarning, match="random state of 2 processes and 1 train now"):
-        alone = train(tmp_path / "alone", module, trainer, tmp_path / "whole" / "batch-3.ckpt")
+        alone = train(tmp_path / "alone", case["module"], case["trainer"], path)
     assert sorted(done + rows_of_epoch(alone, 0)) == list(range(exact_runs.ROWS))
 
 
-def of_two_processes(
-    folder: Path, module: dict[str, Any], trainer: dict[str, Any], names: tuple[str, ...]
-) -> list[list[dict[str, Any]]]:
-    """Of each process what the whole run and those from the named checkpoints recorded."""
-    options = json.dumps({"module": module, "trainer": trainer, "names": names})
-    call = [sys.executable, "-W", "ignore", exact_runs.__file__, str(folder), options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def test_two_processes_with_a_plain_loader(tmp_path: Path) -> None:
+def test_two_processes_with_a_plain_loader(of_two: OfTwo) -> None:
     """Lightning shares it out by a DistributedSampler."""
-    module, trainer = {"order": "plain", "noise": True}, {"max_epochs": 2}
-    for whole, resumed in of_two_processes(tmp_path, module, trainer, ("batch-6",)):
+    for whole, resumed in of_two.records("plain loader"):
         assert differences(whole, resumed) == []
+    assert of_two.exact("plain loader") == ["exact            bit for bit"]
+
+
+def test_two_processes_with_an_order_of_torchdatas_own(of_two: OfTwo) -> None:
+    """Lightning wraps that sampler, and its generator begins anew in every run."""
+    inside, at_an_end = of_two.exact("torchdata's own order")
+    assert "the order of DistributedSamplerWrapper is drawn anew" in inside
+    assert "drawn anew" not in at_an_end
+    for whole, _, from_an_end in of_two.records("torchdata's own order"):
+        assert differences(whole, from_an_end) == []
 
 
 # With batches of another size, or another number of processes

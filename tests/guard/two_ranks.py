@@ -1,7 +1,7 @@
-"""Runs of two processes with the guard, one after the other: `python two_ranks.py STRATEGY ANSWERS CASES`.
+"""Runs of two processes with the guard, one after the other: `python two_ranks.py ANSWERS CASES`.
 
-A case is `[SAVES, PATH, FALLBACK, RANK_1]`. Each rank writes to `ANSWERS/rank` what came of its runs. Rank 1 "sees
-nothing" at the path, as with a file system of its own, or "finds nothing" that `ckpt_path="last"` could mean, or
+A case is `[STRATEGY, SAVES, PATH, FALLBACK, RANK_1]`. Each rank writes to `ANSWERS/rank` what came of its runs. Rank 1
+"sees nothing" at the path, as with a file system of its own, or "finds nothing" that `ckpt_path="last"` could mean, or
 "loses its optimizer" after loading.
 """
 
@@ -85,6 +85,6 @@ def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: 
 
 
 if __name__ == "__main__":
-    strategy, answers, cases = sys.argv[1:]
-    said = [came_of(strategy, *case) for case in json.loads(cases)]
+    answers, cases = sys.argv[1:]
+    said = [came_of(*case) for case in json.loads(cases)]
     Path(answers, os.environ.get("LOCAL_RANK", "0")).write_text(json.dumps(said))
