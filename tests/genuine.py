@@ -1034,6 +1034,23 @@ genuine(
     _torch_file(lambda: {"w": torch.quantize_per_tensor(torch.randn(3, 3), 0.1, 0, torch.qint8)}),
     purpose="inference",
 )
+
+
+def _several_in_a_byte() -> dict[str, Tensor]:
+    """Weights as of a quantized embedding: their rows begin at a whole byte."""
+    scale, zero = torch.ones(3), torch.zeros(3)
+    return {
+        str(dtype): torch.quantize_per_channel(torch.randn(3, 5), scale, zero, 0, dtype)
+        for dtype in (torch.quint4x2, torch.quint2x4)
+    }
+
+
+genuine("torch file, several quantized values in a byte", _torch_file(_several_in_a_byte), purpose="inference")
+genuine(
+    "torch file, several quantized values in a byte, before 1.6",
+    _torch_file(_several_in_a_byte, _use_new_zipfile_serialization=False),
+    purpose="inference",
+)
 genuine(
     "torch file, float8 and complex values",
     _torch_file(lambda: {"a": torch.randn(3).to(torch.float8_e4m3fn), "b": torch.randn(3, dtype=torch.complex64)}),

@@ -27,6 +27,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     Unpickled,
     read_pickle_at,
 )
+from enstack_lightning.checkpoint.pickle_values import bytes_of
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -127,8 +128,8 @@ class LegacyFile:
         name, stored = _name(storage.key), self._storages.get(storage.key)
         if stored is None:
             raise _damaged(f"{name}, which holds a tensor's values, is not in the file's list of storages", name)
-        itemsize, expected = DTYPE_BYTES.get(tensor.dtype), _bytes_of(storage)
-        if itemsize is None or expected is None:
+        expected = _bytes_of(storage)
+        if tensor.dtype not in DTYPE_BYTES or expected is None:
             raise _damaged(f"{name} has the unknown dtype {tensor.dtype}", name)
         if expected != stored.size:
             raise _damaged(f"{name} has {stored.size:,} bytes and its tensor needs {expected:,}", name)
@@ -139,7 +140,7 @@ class LegacyFile:
                 raise _damaged(f"a view reaches beyond {name}, which has {storage.numel:,} elements", name)
         if all(tensor.shape):
             last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True))
-            if (last + 1) * itemsize > room * unit:
+            if bytes_of(tensor.dtype, last + 1) > room * unit:
                 raise _damaged(f"a tensor of shape {tensor.shape} reaches beyond {name}", name)
 
     def spans(self, named: Iterable[Named] = ()) -> list[Span]:

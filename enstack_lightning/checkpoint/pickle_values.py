@@ -183,7 +183,7 @@ DTYPE_BYTES = {
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
-    # Several numbers in a byte; one element is the whole byte.
+    # Several numbers in a byte; one element is the whole byte, but in a tensor of the dtypes of `VALUES_IN_A_BYTE`.
     "float4_e2m1fn_x2": 1,
     "quint4x2": 1,
     "quint2x4": 1,
@@ -194,6 +194,18 @@ DTYPE_BYTES = {
     "bits16": 2,
     **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
 }
+
+VALUES_IN_A_BYTE = {"quint4x2": 2, "quint2x4": 4}
+"""Elements of a tensor; its storage counts bytes."""
+
+
+def bytes_of(dtype: str, elements: int) -> int:
+    """The least bytes that so many elements of a tensor, side by side, can have.
+
+    Raises:
+        KeyError: the dtype is unknown.
+    """
+    return -(-elements * DTYPE_BYTES[dtype] // VALUES_IN_A_BYTE.get(dtype, 1))
 
 
 CONTAINERS: Final = frozenset({list, dict, tuple, set, frozenset, Call})

@@ -28,6 +28,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     Unpickled,
     read_pickle,
 )
+from enstack_lightning.checkpoint.pickle_values import bytes_of
 from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.zip_archive import DEFAULT_ALIGNMENT, Record, ZipArchive
 
@@ -368,8 +369,7 @@ def _checked_size(record: Record | None, storage: StorageDescriptor, name: str) 
 @lru_cache(4_096)
 def _judged(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, size: int) -> tuple[str, str]:
     """What is wrong with a tensor in a storage of `size` bytes, and what is odd about it."""
-    itemsize = DTYPE_BYTES.get(dtype)
-    if itemsize is None:
+    if dtype not in DTYPE_BYTES:
         return f"a tensor in it has the unknown dtype {dtype:.40}", ""
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         return f"a tensor in it has {len(shape):,} dimensions and {len(stride):,} strides", ""
@@ -380,10 +380,10 @@ def _judged(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset:
     count = math.prod(shape)
     if not count:
         return "", ""
-    needed = (offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * itemsize
+    needed = bytes_of(dtype, offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
     if needed > size:
         return f"a tensor of shape {shape} needs {needed:,} bytes of its storage, which has {size:,}", ""
-    logical = count * itemsize
+    logical = bytes_of(dtype, count)
     if logical > MAX_LOGICAL_SIZE * size:
         return "", f"a tensor of shape {shape} stands for {logical:,} bytes and its storage has {size:,}"
     return "", ""
