@@ -164,16 +164,15 @@ def one_resume(path: Path, layers: int, options: dict[str, Any] | None) -> tuple
 def measure_resume(path: Path, layers: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds of a resume and of the guard's part, by the place that the file is read from and the guard's way.
 
-    Each is a process of its own, as a restart is, forked from one that has imported everything and has run nothing.
+    Each is a process of its own, as a restart is, that has imported everything and has run nothing. It is not forked:
+    a forked one would pay for the memory that it shares with its parent at the first write.
     """
     ways: dict[str, dict[str, Any] | None] = {"without": None, "quick": {"deep": False}, "manifest": {}}
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["guard_runs"])
     taken: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(repeats):
         for place in ("disk", "memory"):
             for way, options in ways.items():
-                with ProcessPoolExecutor(1, server) as pool:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     if place == "disk":
                         drop_from_memory(path)
                     taken[f"from {place}, {way}"].append(pool.submit(one_resume, path, layers, options).result())
