@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -339,6 +341,99 @@ def test_a_checkpoint_io_that_writes_folders(exchange: bool, tmp_path: Path, mon
     assert names(tmp_path) == []
 
 
+def test_what_a_kill_left_between_two_renames_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
+    for folder in ("c", "new", "c.previous"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "name.txt").write_text(folder)
+    atomic.put_in_place(tmp_path / "new", tmp_path / "c")
+    assert names(tmp_path) == ["c"]
+    assert (tmp_path / "c" / "name.txt").read_text() == "new"
+
+
+def test_a_folder_is_on_the_disk_before_it_stands_and_the_one_before_goes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace, unlink = os.fsync, os.replace, os.unlink
+
+    def noted_fsync(fd: int) -> None:
+        done.append(f"sync {Path(f'/proc/self/fd/{fd}').readlink()}")
+        fsync(fd)
+
+    def noted_replace(one: Path, other: Path) -> None:
+        done.append(f"move {one} {other}")
+        replace(one, other)
+
+    def noted_unlink(path: Path) -> None:
+        done.append(f"unlink {path}")
+        unlink(path)
+
+    monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
+    trainer = fit(tmp_path, max_epochs=1, plugins=[Folders()])
+    trainer.save_checkpoint(tmp_path / "c")
+    for name, noted in (("fsync", noted_fsync), ("replace", noted_replace), ("unlink", noted_unlink)):
+        monkeypatch.setattr(os, name, noted)
+    trainer.save_checkpoint(tmp_path / "c")
+    stands = next(n for n, call in enumerate(done) if call.endswith(f"/c {tmp_path / 'c'}"))
+    staged = done[stands].split()[1]
+    for name in ("", "/all.pt", "/deeper", "/deeper/note.txt"):
+        assert f"sync {staged}{name}" in done[:stands]
+    assert done[stands + 1] == f"sync {tmp_path}"
+    assert done.index(f"unlink {tmp_path}/c.previous/all.pt") > stands + 1
+
+
+def test_a_disk_that_does_not_confirm_the_name_is_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def of_files_only(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    with pytest.raises(CheckpointSaveError, match="is saved, but the disk does not confirm its name") as raised:
+        saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "c.ckpt")
+    assert raised.value.errno == errno.EIO
+    assert (tmp_path / "c.ckpt").exists()
+
+
+def test_a_write_that_fails_on_its_way_to_the_disk_ends_the_save(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of it once: to the thread that synchronises while torch makes the next bytes."""
+
+    def fails_late(fd: int) -> None:
+        time.sleep(0.3)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(atomic, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fails_late)
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    with pytest.raises(CheckpointSaveError, match="was not saved: Input/output error"):
+        saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "c.ckpt")
+    assert names(tmp_path) == []
+
+
+def test_a_write_of_fewer_bytes_than_asked_is_gone_on_with(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, memoryview(data)[:100]))
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "c.ckpt")
+    assert verify_checkpoint(tmp_path / "c.ckpt", DIGESTS).verdict is Verdict.PASS
+
+
+def test_storage_options_are_refused_as_without_the_guard(trained: Path, tmp_path: Path) -> None:
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    with pytest.raises(TypeError, match="storage_options"):
+        saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "c.ckpt", storage_options={})
+
+
 def test_a_file_system_that_synchronises_no_folders_is_saved_to(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +577,9 @@ def test_a_url_is_left_to_its_store_and_retention_holds_there(tmp_path: Path) ->
     trainer = fit(tmp_path, max_epochs=1)
     trainer.strategy.remove_checkpoint("memory://guard/run/step=15.ckpt")
     assert store.exists("/guard/run/step=15.ckpt")
+    trainer.strategy.save_checkpoint({"global_step": 99}, "memory://guard/run/bad.ckpt")
+    assert store.exists("/guard/run/step=15.ckpt")
+    store.rm("/guard/run/bad.ckpt")
     trainer.save_checkpoint("memory://guard/run/other.ckpt")
     assert [Path(p).name for p in store.ls("/guard/run", detail=False)] == ["other.ckpt"]
     store.rm("/guard", recursive=True)
@@ -534,9 +632,30 @@ def test_verify_after_save_finds_what_the_disk_changed(tmp_path: Path, monkeypat
     assert names(tmp_path) == with_manifests("c.ckpt")
 
 
+def test_the_manifest_is_of_what_was_written_and_not_of_what_the_disk_made_of_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = atomic.DurableFile.finish
+
+    def flipping(file: atomic.DurableFile) -> Any:
+        written = finish(file)
+        if file.path.name == "c.ckpt":
+            flip_bit(file.path, file.path.read_bytes().index(weight))
+        return written
+
+    monkeypatch.setattr(atomic.DurableFile, "finish", flipping)
+    saved = torch.load(trained / "step=1.ckpt")
+    weight = saved["state_dict"]["layer.weight"].numpy().tobytes()
+    GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None).save_checkpoint(saved, tmp_path / "c.ckpt")
+    assert verify_checkpoint(tmp_path / "c.ckpt", DIGESTS).verdict is Verdict.FAIL
+
+
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+        ({1}, "1"),
         ({"a": 1}, {"a": 2}),
         ({"a": 1}, {"b": 1}),
         ([1, 2], [1]),
@@ -625,6 +744,17 @@ def test_a_good_one_of_an_earlier_run_counts_and_a_damaged_one_does_not(tmp_path
     assert (tmp_path / "step=5.ckpt").exists()
     trainer.strategy.remove_checkpoint(tmp_path / "step=4.ckpt")
     assert not (tmp_path / "step=4.ckpt").exists()
+
+
+def test_one_that_was_damaged_where_it_stands_is_judged_anew(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, every_step(tmp_path), max_epochs=1)
+    for step in (1, 2, 3, 5):
+        (tmp_path / f"step={step}.ckpt").unlink()
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    with (tmp_path / "later.ckpt").open("r+b") as file:  # the same file of the same size
+        file.write(b"damaged")
+    trainer.strategy.remove_checkpoint(tmp_path / "step=4.ckpt")
+    assert (tmp_path / "step=4.ckpt").exists()
 
 
 def test_two_checkpoints_do_not_go_for_each_others_sake(trained: Path, tmp_path: Path) -> None:
@@ -724,6 +854,30 @@ def test_nothing_that_another_process_writes_is_removed(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     assert len(remove_leftovers(tmp_path)) == 1
     assert names(tmp_path) == []
+
+
+def test_a_child_that_was_forked_in_a_save_keeps_nothing_from_being_removed(tmp_path: Path) -> None:
+    with staging(tmp_path / "c.ckpt"):
+        left = next(tmp_path.iterdir())
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        left.mkdir()
+        assert remove_leftovers(tmp_path) == [left]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_killed_saves_left_goes_at_the_first_save_into_a_folder(trained: Path, tmp_path: Path) -> None:
+    with staging(tmp_path / "c.ckpt"):
+        left = next(tmp_path.iterdir())
+    left.mkdir()
+    saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "other.ckpt")
+    assert names(tmp_path) == with_manifests("other.ckpt")
 
 
 def test_what_another_host_has_left_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ class GuardedCheckpointIO(CheckpointIO):
         if level.quality > BAD or target.name.endswith(NONFINITE_SUFFIX):
             return target, level
         said = "; ".join(f"{f.code} {f.message}" for f in report.of(Severity.ERROR))
-        if os.path.lexists(target) and not target.is_symlink() and self.retention.is_last_good(str(target)):
+        if self.retention.is_last_good(str(target)):
             aside = target.with_name(target.name + UNVERIFIED_SUFFIX)
             rank_zero_warn(
                 f"CheckpointGuard: {target} stays as it is, for it is the last checkpoint that verified. What was to "
