@@ -113,7 +113,7 @@ class LegacyFile:
         stored = self._storages[tensor.storage.key]
         at = stored.offset + (_view_offset(tensor.storage) + tensor.offset) * struct.calcsize(form)
         (value,) = struct.unpack(form, self._source.read_at(at, struct.calcsize(form), _name(tensor.storage.key)))
-        return float(value)
+        return -float(value) if tensor.negated else float(value)
 
     def check_storage(self, tensor: TensorDescriptor) -> None:
         """Compares a tensor's header with its storage, without reading the storage.

@@ -141,6 +141,10 @@ def _rebuild_tensor_v2(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
 def _rebuild_tensor_v3(work: Work, args: tuple[Any, ...]) -> TensorDescriptor:
     _arguments(args, (7, 8), "_rebuild_tensor_v3")
     _flags(work, args[4], args[5], "_rebuild_tensor_v3")
+    if isinstance(args[0], StorageDescriptor) and args[0].view is not None:
+        raise PickleDefectError(
+            "a tensor with a dtype of its own lies in a view of a storage, as torch before 0.4 wrote"
+        )
     return _with_metadata(_tensor(args[0], _dtype(args[6]), args[2], args[3], args[1]), args[7:])
 
 
@@ -155,6 +159,7 @@ def _with_metadata(tensor: TensorDescriptor, values: tuple[Any, ...]) -> TensorD
         raise PickleDefectError(f"a tensor's metadata is {_said(metadata)} with more in it than flags")
     if "conj" in metadata and not tensor.dtype.startswith("complex"):
         raise PickleDefectError(f"a tensor of {tensor.dtype} is said to be conjugated")
+    tensor.negated = metadata.get("neg", False)
     return tensor
 
 

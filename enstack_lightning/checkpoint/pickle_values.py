@@ -105,6 +105,7 @@ class TensorDescriptor:
         storage: None where the file holds no bytes for it: a tensor on the meta device, or one made of `parts`.
         layout: `strided`, or that of a sparse tensor: `sparse_coo`, `sparse_csr`, …
         parts: the tensors that a sparse one is made of, its values last.
+        negated: what stands in the storage has the other sign, as in the imaginary part of a conjugate.
     """
 
     storage: StorageDescriptor | None
@@ -114,6 +115,7 @@ class TensorDescriptor:
     offset: int
     layout: str = "strided"
     parts: tuple[TensorDescriptor, ...] = ()
+    negated: bool = False
 
 
 @dataclass(frozen=True)

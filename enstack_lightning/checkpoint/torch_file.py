@@ -174,7 +174,7 @@ class TorchFile:
         (value,) = struct.unpack_from(self._byteorder + form, data, start)
         if tensor.dtype == "bfloat16":
             (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
-        return float(value)
+        return -float(value) if tensor.negated else float(value)
 
     def check_storage(self, tensor: TensorDescriptor) -> None:
         """Compares a tensor's header with its storage record, without reading the record.

@@ -494,6 +494,17 @@ def test_what_a_function_hands_on_of_its_arguments_is_walked_once(
     assert len(walked) < 15 * 8
 
 
+def test_a_view_before_0_4_has_the_dtype_of_its_storage() -> None:
+    """Offsets count elements of both; torch writes a dtype of the tensor's own since 2.0."""
+    view = storage()[:-2] + text("0") + b"K\x02K\x04\x87tQ"
+    arguments = (view, b"K\x00", b"K\x02\x85", b"K\x01\x85", b"\x89", b"N")
+    assert read_pickle_at(b"\x80\x02" + called("torch._utils._rebuild_tensor_v2", *arguments) + b".", 0)
+    with pytest.raises(PickleDefectError, match="view"):
+        read_pickle_at(
+            b"\x80\x02" + called("torch._utils._rebuild_tensor_v3", *arguments, named("torch.int8")) + b".", 0
+        )
+
+
 def test_the_class_of_a_module_before_1_6_is_a_name() -> None:
     module = b"\x80\x02(" + text("module") + b"%b" + text("file") + text("source") + b"tQ."
     assert read_pickle_at(module % named("a.b"), 0)[0].value == Global("a", "b")

@@ -274,3 +274,12 @@ def test_a_file_that_is_replaced_while_it_is_read_has_changed(trained: Path, tmp
     with LocalSource(path) as source:
         path.unlink()
         assert source.has_changed()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_lazily_negated_scalar_is_read_with_its_sign(zipped: bool, tmp_path: Path) -> None:
+    step = torch._neg_view(torch.tensor(-7.0))
+    optimizer = {"state": {0: {"step": step}}, "param_groups": [{"params": [0], "lr": 0.1}]}
+    torch.save({"optimizer": optimizer}, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    (found,) = verify_checkpoint(tmp_path / "c.pt").facts.optimizers or ()
+    assert found.steps == {0: 7.0} == {0: step.item()}
