@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -13,6 +14,7 @@ from builders import TinyModule, quiet_trainer
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import Tensor
 
 from enstack_lightning import CheckpointGuard
@@ -128,6 +130,75 @@ def test_a_snapshot_is_a_copy_of_each_kind_of_tensor(name: str, tmp_path: Path) 
     assert (tmp_path / "copy.pt").stat().st_size < 60_000
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.view(torch.int32),
+        lambda t: t.as_strided(t.shape, torch.empty(t.shape).to(memory_format=torch.channels_last).stride()),
+        lambda t: torch._neg_view(t),
+    ],
+    ids=["another dtype", "another order", "negative"],
+)
+def test_two_tensors_at_one_place_stay_two(view: Callable[[Tensor], Tensor]) -> None:
+    one = torch.randn(4, 8, 16, 16)
+    checkpoint = {"one": one, "other": view(one)}
+    assert first_difference(checkpoint, SnapshotMemory().snapshot(checkpoint).checkpoint) == ""
+
+
+def test_a_plugin_around_the_one_of_the_background_sees_the_checkpoint(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Looks(_WrappingCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            steps.append(checkpoint["global_step"])
+            self.checkpoint_io.save_checkpoint(checkpoint, *args, **kwargs)
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=5)
+    plugins = [Looks(AsyncCheckpointIO(TorchCheckpointIO()))]
+    quiet_trainer(tmp_path, CheckpointGuard(), saves, max_epochs=1, plugins=plugins).fit(Wide())
+    assert steps == [5]
+
+
+def test_a_save_is_announced_before_it_is_queued() -> None:
+    """Else it might be over before, and be waited for ever after."""
+    done: list[str] = []
+
+    class AtOnce:
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any) -> None:
+            done.append("saved")
+
+        def teardown(self) -> None:
+            """Nothing to end."""
+
+    plugin = AtOnce()
+    BackgroundSaves(plugin, lambda path: done.append("announced"), None).install()
+    plugin.save_checkpoint({}, "c.ckpt")
+    assert done == ["announced", "saved"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_plugin_serves_two_runs_and_is_its_users_again(own: bool, tmp_path: Path) -> None:
+    plugin = AsyncCheckpointIO()
+    given = plugin.save_checkpoint
+    if own:
+        plugin.save_checkpoint = given  # type: ignore[method-assign]
+    seen: list[Any] = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(vars(plugin)["save_checkpoint"])
+
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), Looks(), saves, max_epochs=1, plugins=[plugin])
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(Wide())
+        assert not own or vars(plugin)["save_checkpoint"] is given
+    assert len(seen) == 2
+    assert given not in seen
+    assert (tmp_path / "step=10.ckpt").exists()
+
+
 def test_no_save_is_announced_where_there_is_no_memory_for_its_copy() -> None:
     """It would be waited for, and its path never be let go."""
 
@@ -174,8 +245,17 @@ class Keeping(TorchCheckpointIO):
 def test_a_checkpoint_io_that_keeps_checkpoints_gets_them_for_good(tmp_path: Path) -> None:
     keeping, keeps = Keeping(), KeepsWhatIsSaved()
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+
+    class Waits(Callback):
+        """Until each save is over, whose memory would be free for the next one."""
+
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            executor = getattr(trainer.strategy.checkpoint_io, "_executor", None)
+            if executor is not None:
+                executor.submit(int).result()
+
     plugins = [AsyncCheckpointIO(keeping)]
-    quiet_trainer(tmp_path, CheckpointGuard(), keeps, saves, max_epochs=1, plugins=plugins).fit(Wide())
+    quiet_trainer(tmp_path, CheckpointGuard(), keeps, saves, Waits(), max_epochs=1, plugins=plugins).fit(Wide())
     assert len(keeping.kept) == 5
     for checkpoint, weight in zip(keeping.kept, keeps.saved, strict=True):
         assert torch.equal(checkpoint["state_dict"]["wide.weight"], weight)

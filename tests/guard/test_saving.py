@@ -770,7 +770,56 @@ def test_two_checkpoints_do_not_go_for_each_others_sake(trained: Path, tmp_path:
     assert not retention.may_remove(other)
     (tmp_path / "not yet").rename(other)
     assert retention.saved(other, Level(RESUMABLE, 2)) == [one]
+    retention.settle(other, is_saved=True)
     assert not retention.may_remove(other)  # `one` is about to go, in whatever thread
+
+
+def test_one_that_could_not_be_removed_and_is_saved_anew_counts_again(trained: Path, tmp_path: Path) -> None:
+    retention = Retention(Options())
+    one, other = (str(shutil.copy(trained / f"step={n}.ckpt", tmp_path)) for n in (1, 2))
+    for path in (one, other):
+        retention.saved(path, Level(RESUMABLE, 2))
+    assert retention.may_remove(one)
+    assert not retention.may_remove(other)
+    retention.saved(one, Level(RESUMABLE, 3))
+    assert retention.may_remove(other)
+
+
+def test_one_that_is_asked_to_go_while_its_save_ends_goes_with_the_next(trained: Path, tmp_path: Path) -> None:
+    retention = Retention(Options())
+    one, other = (str(shutil.copy(trained / f"step={n}.ckpt", tmp_path)) for n in (1, 2))
+    retention.announce(one)
+    retention.saved(one, Level(RESUMABLE, 1))
+    assert not retention.may_remove(one)
+    retention.settle(one, is_saved=True)
+    assert retention.saved(other, Level(RESUMABLE, 2)) == [one]
+
+
+def test_one_that_is_saved_anew_after_it_was_asked_to_go_stays(trained: Path, tmp_path: Path) -> None:
+    retention = Retention(Options())
+    one, other = (str(shutil.copy(trained / f"step={n}.ckpt", tmp_path)) for n in (1, 2))
+    retention.announce(one)
+    assert not retention.may_remove(one)
+    retention.announce(one)
+    retention.saved(one, Level(RESUMABLE, 1))
+    retention.settle(one, is_saved=True)
+    assert retention.saved(other, Level(RESUMABLE, 2)) == []
+
+
+def test_the_good_one_elsewhere_is_not_the_one_at_the_place(trained: Path, tmp_path: Path) -> None:
+    retention = Retention(Options())
+    one = str(shutil.copy(trained / "step=1.ckpt", tmp_path))
+    retention.saved(one, Level(RESUMABLE, 1))
+    assert retention.newest_good() == one
+    assert retention.newest_good(besides=one) == ""
+
+
+def test_the_last_one_of_weights_alone_is_not_removed(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    trainer = fit(tmp_path, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    trainer.strategy.remove_checkpoint(tmp_path / "weights.ckpt")
+    assert names(tmp_path) == with_manifests("weights.ckpt")
+    assert "is kept, for no other checkpoint has verified" in said(logged)
 
 
 def test_the_newest_stays_where_an_older_one_stands_until_its_successor_does(tmp_path: Path) -> None:
@@ -791,6 +840,10 @@ def test_what_no_search_finds_goes_when_asked_and_nothing_goes_for_its_sake(tmp_
     trainer.strategy.remove_checkpoint(tmp_path / "a.ckpt")
     trainer.strategy.remove_checkpoint(tmp_path / ".b.ckpt")
     assert names(tmp_path) == with_manifests("a.ckpt")
+    alone = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
+    alone.save_checkpoint(torch.load(tmp_path / "a.ckpt"), tmp_path / "alone" / ".c.ckpt")
+    alone.remove_checkpoint(tmp_path / "alone" / ".c.ckpt")
+    assert names(tmp_path / "alone") == []
 
 
 def test_the_good_one_is_named_though_others_were_deleted(trained: Path, tmp_path: Path) -> None:
@@ -809,6 +862,10 @@ def test_a_link_to_the_checkpoint_is_no_second_one(tmp_path: Path) -> None:
     trainer.strategy.remove_checkpoint(tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").exists()
     trainer.strategy.remove_checkpoint(tmp_path / "last.ckpt")
+    assert names(tmp_path) == with_manifests("a.ckpt")
+    other_way = tmp_path.with_name(f"{tmp_path.name} by a link")
+    other_way.symlink_to(tmp_path)
+    trainer.strategy.remove_checkpoint(other_way / "a.ckpt")
     assert names(tmp_path) == with_manifests("a.ckpt")
 
 
