@@ -31,6 +31,7 @@ from enstack_lightning.checkpoint import (
     verify_checkpoint,
 )
 from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES
+from enstack_lightning.checkpoint.readers import plain
 from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
@@ -283,3 +284,16 @@ def test_a_lazily_negated_scalar_is_read_with_its_sign(zipped: bool, tmp_path: P
     torch.save({"optimizer": optimizer}, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
     (found,) = verify_checkpoint(tmp_path / "c.pt").facts.optimizers or ()
     assert found.steps == {0: 7.0} == {0: step.item()}
+
+
+def test_a_list_in_many_places_of_a_plain_file_is_looked_through_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = [*range(300), {"last_epoch": 3, "_last_lr": [0.1]}]
+    torch.save({"w": torch.ones(2), **{f"x{n}": shared for n in range(300)}}, tmp_path / "c.pt")
+    looked_at = []
+    near = plain._near
+    monkeypatch.setattr(plain, "_near", lambda value: looked_at.extend(near(value)) or near(value))
+    facts = verify_checkpoint(tmp_path / "c.pt").facts
+    assert [s.last_epoch for s in facts.schedulers or ()] == [3]
+    assert len(looked_at) < 10 * 1_000

@@ -138,12 +138,16 @@ def _schedulers_in(value: object) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _near(value: object) -> Iterator[tuple[str, object]]:
-    """The value itself, its entries, and the entries of those that are lists or dicts."""
+    """The value itself, its entries, and the entries of those that are lists or dicts, once each."""
     yield "", value
     if _is_optimizer(value) or (isinstance(value, Mapping) and _is_state_dict(value)):
         return
+    seen: set[int] = set()
     for key, inner in _entries(value):
         yield key, inner
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
         if not _is_optimizer(inner) and not (isinstance(inner, Mapping) and _is_state_dict(inner)):
             yield from ((f"{key}.{name}", innermost) for name, innermost in _entries(inner))
 
