@@ -32,7 +32,7 @@ from enstack_lightning.checkpoint import Report
 from enstack_lightning.checkpoint.rendering.plain import printable
 from enstack_lightning.cli import CHECKPOINT_CALLBACKS
 from enstack_lightning.cli.enstack_folder import Converted, convert_to_evaluate, convert_to_resume
-from enstack_lightning.cli.output import refuse_to_replace
+from enstack_lightning.cli.output import WrongCallError, refuse_to_replace
 from enstack_lightning.cli.predictions import PredictionWriter
 from enstack_lightning.cli.rank_zero import forget_what_was_told, told_by_rank_zero
 from enstack_lightning.cli.start import newest_in, usable, whats_done
@@ -60,6 +60,10 @@ def main(argv: Sequence[str]) -> int:
         rank_zero_info(str(e))
     except EnStackError:
         raise
+    except SystemExit as e:
+        if isinstance(e.__context__, KeyboardInterrupt):  # as Lightning ends after Ctrl-C, with status 1
+            raise KeyboardInterrupt from e
+        raise
     except OSError as e:
         if not e.strerror or isinstance(e, BrokenPipeError):
             raise
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     except UnicodeDecodeError as e:
         if not _raised_in(e, jsonargparse):
             raise
-        raise EnStackError(f"a --config is no YAML: {e}") from e
+        raise WrongCallError(f"a --config is no YAML: {e}") from e
     except (MisconfigurationException, ValueError) as e:
         if isinstance(e, ValueError) and not _raised_in(e, lightning):
             raise

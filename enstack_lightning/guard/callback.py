@@ -322,8 +322,8 @@ class CheckpointGuard(Callback):
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
-        if self._restart is not None and sets_up_at_start(pl_module) and self.report.accepted(self.strict):
-            # What the module sets in its own hook, which comes next, is compared with what it held at the save.
+        if self._restart is not None and sets_up_at_start(trainer) and self._is_accepted_by_all(trainer, self.report):
+            # What hooks that come after this one set is compared with what was held at the save.
             self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
         else:
             self._say_what_is_resumed(trainer, self.report, *rates, named)
@@ -415,9 +415,12 @@ class CheckpointGuard(Callback):
     def _before_repair(self, trainer: Trainer, report: Report) -> Report:
         return awaiting_repair(report) if self.repair and trainer.state.fn == FITTING else report
 
+    def _is_accepted_by_all(self, trainer: Trainer, report: Report) -> bool:
+        return bool(trainer.strategy.reduce_boolean_decision(report.accepted(self.strict)))
+
     def _stop_everywhere_if_refused(self, trainer: Trainer, report: Report) -> None:
         """What one rank alone refuses ends all: the others would wait for it."""
-        by_all = trainer.strategy.reduce_boolean_decision(report.accepted(self.strict))
+        by_all = self._is_accepted_by_all(trainer, report)
         self._stop_if_refused(report)
         if not by_all:
             raise CheckpointGuardError(f"another rank refused to resume from {report.path}; its own error says why")

@@ -152,12 +152,8 @@ def run_of(
         given: what the optimizers and schedulers were made with.
         named: `named_parameters`, where they are known already.
     """
-    batches = trainer.num_training_batches
-    # Each rank may have a share of the data as its own dataset: what is recorded and compared is that of rank 0.
-    data = training_data(trainer) if trainer.is_global_zero else TrainingData()
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return RunFacts(
-        batches_per_epoch=int(batches) if math.isfinite(batches) and batches > 0 else None,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
@@ -170,11 +166,27 @@ def run_of(
         optimizer_kinds=tuple(type(o).__name__ for o in trainer.optimizers),
         optimizer_options=given.optimizers if given else (),
         **_parameters(trainer, named_parameters(trainer) if named is None else named),
-        batch_size=data.batch_size,
-        dataset_rows=data.rows,
-        dataset_fingerprint=data.fingerprint,
+        **_data(trainer),
         seed=int(seed) if seed.isascii() and seed.isdigit() and len(seed) < 19 else None,
     )
+
+
+def _data(trainer: Trainer) -> dict[str, Any]:
+    """Each rank may have a share of the data as its own dataset: what is recorded and compared is that of rank 0."""
+    batches = trainer.num_training_batches
+    data = training_data(trainer) if trainer.is_global_zero else TrainingData()
+    return {
+        "batches_per_epoch": int(batches) if math.isfinite(batches) and batches > 0 else None,
+        "batch_size": data.batch_size,
+        "dataset_rows": data.rows,
+        "dataset_fingerprint": data.fingerprint,
+    }
+
+
+def _data_of_now(trainer: Trainer) -> dict[str, Any]:
+    """Of loaders that are made anew by epoch, each over data of its own; the next epoch's are not known at an end."""
+    at_an_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return _data(trainer) | ({"dataset_rows": None, "dataset_fingerprint": None} if at_an_end else {})
 
 
 def settings_before_restoring(trainer: Trainer) -> dict[str, Any]:
@@ -204,6 +216,8 @@ def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[s
     if [len(o.param_groups) for o in trainer.optimizers] != [len(o) for o in run.optimizer_options]:
         run = dataclasses.replace(run, optimizer_options=())  # groups that joined later were made by no configuration
     run = dataclasses.replace(run, **_parameters(trainer, named_parameters(trainer)))
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        run = dataclasses.replace(run, **_data_of_now(trainer))
     return {name: _listed(value) for name, value in vars(run).items()}
 
 

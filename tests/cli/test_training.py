@@ -117,6 +117,21 @@ def test_train_be_killed_verify_resume_and_end_as_if_nothing_had_happened(option
         assert verify_checkpoint(path).verdict is Verdict.PASS
 
 
+def test_an_interrupt_ends_a_training_with_130(options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "enstack_lightning", "fit", *options, "--trainer.max_epochs=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (checkpoints(tmp_path) / "last_checkpoint.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, said.splitlines()[-1]) == (130, "enstack fit: interrupted")
+    assert "Traceback" not in said
+
+
 @pytest.fixture(scope="module")
 def fitted(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run folder after two epochs, and the options it was trained with."""
@@ -237,7 +252,7 @@ def test_wrong_calls_end_with_a_sentence(
         ("--trainer.max_epochs", "3", "--trainer.val_check_interval", "99"): "must be less than or equal",
     }.items():
         capsys.readouterr()
-        assert main(["fit", *arguments, *extra]) == 1, extra
+        assert main(["fit", *arguments, *extra]) == (2 if "--config" in extra else 1), extra
         said = one_sentence(capsys.readouterr().err)
         assert words in said
         assert len(said) < 700

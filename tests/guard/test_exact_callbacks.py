@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from exact_runs import BATCHES, Recorded, differences, train
-from lightning.pytorch import Callback, Trainer
+from builders import TinyModule, quiet_trainer
+from exact_runs import BATCHES, Recorded, Rows, differences, train
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -24,6 +26,10 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Made = Callable[[], Callback]
@@ -159,6 +165,114 @@ def test_a_search_changes_the_same_with_the_guard(tmp_path: Path) -> None:
         whole = train(tmp_path, {}, trainer, callbacks=(callback(),), kind=kind)
         alone = train(tmp_path, {}, trainer, callbacks=(callback(),), kind=kind, guard=None)
         assert differences(alone, whole) == []
+
+
+class LowersRates(Callback):
+    """By a count of its own that it does not save, beside a record that steers nothing."""
+
+    def __init__(self) -> None:
+        self.batches, self.began, self.losses = 0, 0.0, [0.0]
+        self.average: dict[str, Tensor] = {}
+        self.noise = torch.Generator().manual_seed(1)
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.limit = trainer.max_epochs
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.batches += 1
+        self.began = time.time()
+        self.losses.append(self.began)
+        self.average = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        trainer.optimizers[0].param_groups[0]["lr"] *= 1 - float(torch.rand(1, generator=self.noise)) / self.batches
+
+
+class SavesItself(LowersRates):
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "average": self.average, "noise": self.noise.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches, self.average = state_dict["batches"], state_dict["average"]
+        self.noise.set_state(state_dict["noise"])
+
+
+def test_what_a_callback_of_the_users_counts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind, said in (
+        (
+            LowersRates,
+            "not promised: LowersRates.batches was 8 and is 0, LowersRates.average had 6 entries and has 0, which no "
+            "state_dict of LowersRates keeps",
+        ),
+        (SavesItself, "bit for bit"),
+    ):
+        folder = tmp_path / kind.__name__
+        whole = train(folder, {}, {}, callbacks=(kind(),), saves=(inside(1, 1),), kind=OneRate)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            again = train(folder / "again", {}, {}, folder / f"{inside(1, 1)}.ckpt", (kind(),), seed=9, kind=OneRate)
+        assert exactness(caplog) == said
+        assert (differences(whole, again) == []) is (said == "bit for bit")
+
+
+class SlowWeights(torch.optim.AdamW):
+    """As of Lookahead, without a state of its own."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.slow, self.steps = [p.detach().clone() for p in self.param_groups[0]["params"]], 0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.steps += 1
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            slow.lerp_(p.detach(), 0.5)
+        return loss
+
+
+class Slow(OneRate):
+    def configure_optimizers(self) -> Any:
+        optimizer = SlowWeights(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class Noisier(LightningDataModule):
+    """Without a state for the noise that it lowers."""
+
+    def __init__(self, noise: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.noise, self.pool = noise, [1, 2]
+
+    def setup(self, stage: str) -> None:
+        self.rows = Rows(False)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.rows.features, torch.arange(len(self.rows))), batch_size=4)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.noise *= 0.5
+        return batch
+
+
+def test_what_an_optimizer_of_the_users_holds_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, {}, {}, saves=(inside(1, 1),), kind=Slow)
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "again", {}, {}, tmp_path / f"{inside(1, 1)}.ckpt", kind=Slow)
+    assert exactness(caplog) == (
+        "not promised: SlowWeights.steps was 8 and is 0, SlowWeights.slow held other values, which no state_dict of "
+        "SlowWeights keeps"
+    )
+
+
+def test_what_a_data_module_holds_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, path = TinyModule(), tmp_path / "run.ckpt"
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=1)
+    trainer.fit(module, datamodule=Noisier())
+    trainer.save_checkpoint(path)
+    with caplog.at_level(logging.INFO):
+        again = quiet_trainer(tmp_path, CheckpointGuard(), max_epochs=2)
+        again.fit(TinyModule(), datamodule=Noisier(), ckpt_path=path)
+    said = exactness(caplog)
+    assert said.startswith("not promised: Noisier.noise was ")
+    assert said.endswith(" and is 1.0, which no state_dict of Noisier keeps")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from enstack_lightning.checkpoint import Verdict, verify_checkpoint
 from enstack_lightning.guard.restart.lost_by_loaders import order_comes_back
 from enstack_lightning.guard.training_data import training_data
 
@@ -377,6 +378,27 @@ def test_loaders_made_anew_by_epoch_are_made_in_the_same_epochs(every: int, tmp_
         assert differences(whole, again) == [], name
 
 
+class Grows(Numbered):
+    """Over more rows in each epoch, as one that labels rows between them."""
+
+    def _made(self, batch_size: int) -> Any:
+        rows = 8 + 4 * self.trainer.current_epoch
+        return DataLoader(TensorDataset(torch.ones(rows, 4), torch.zeros(rows).long(), torch.arange(rows)), batch_size)
+
+
+def test_data_that_grows_by_epoch_is_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, names = {"reload_dataloaders_every_n_epochs": 1}, ("batch-2", "batch-3", "epoch-2", "batch-7")
+    whole = train(tmp_path, {"loader": None}, trainer, saves=names, kind=Grows)
+    for name in names:
+        path = tmp_path / f"{name}.ckpt"
+        assert verify_checkpoint(path).verdict is Verdict.PASS, name
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            again = train(tmp_path / "again", {"loader": None}, trainer, path, seed=99, kind=Grows)
+        assert differences(whole, again) == [], name
+        assert "CK910" not in caplog.text, name
+
+
 # Data
 
 
@@ -512,10 +534,11 @@ class Rotated(ByEpoch):
 
 
 class Counted(Rows):
-    given = 0
+    given, scale = 0, 1.0
 
     def __getitem__(self, row: int) -> Any:
         self.given += 1
+        self.scale = self.scale / 2 if self.given % 7 == 0 else self.scale
         return super().__getitem__(row)
 
 
@@ -524,8 +547,9 @@ def test_numbers_that_a_sampler_or_a_data_set_counts_are_said(tmp_path: Path) ->
     whole = whole_run(tmp_path, loader, ("epoch-1",))
     again, said = resumed(tmp_path / "again", tmp_path / "epoch-1.ckpt", loader)
     assert differences(whole, again) != []
-    assert "Counted.given is 0 and was 28; if rows or their order depend on it they differ" in said
-    assert "Rotated.made is " in said
+    assert "Counted.given was 28 and is 0; if rows or their order depend on it they differ" in said
+    assert "Counted.scale was 0.0625 and is 1.0" in said
+    assert "Rotated.made was " in said
 
 
 def test_nothing_is_lost_where_nothing_is_left_to_train(tmp_path: Path) -> None:

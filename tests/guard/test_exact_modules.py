@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import SavesAsEpochsBegin, quiet_trainer
@@ -346,11 +347,11 @@ class CountsValidations(Recorded):
 
 class Checked(Callback):
     def __init__(self) -> None:
-        self.checks = 0
+        self.checks: list[None] = []
         self.setting: list[int] = []
 
     def on_sanity_check_end(self, *_: Any) -> None:
-        self.checks += 1
+        self.checks.append(None)
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self.setting.append(trainer.num_sanity_val_steps)
@@ -365,7 +366,7 @@ def test_a_resumed_run_has_no_validation_before_it(tmp_path: Path, caplog: pytes
 
     found = resumed(CountsValidations, (INSIDE, VALIDATED, DONE), tmp_path, caplog, callbacks=callbacks)
     assert found == dict.fromkeys((INSIDE, VALIDATED, DONE), EXACT)
-    assert [checked.checks for checked in seen] == [1, 0, 0, 0]
+    assert [len(checked.checks) for checked in seen] == [1, 0, 0, 0]
     assert {tuple(checked.setting) for checked in seen} == {(2,)}
 
 
@@ -441,9 +442,73 @@ class SetsAnew(Counts):
         self.last = float(torch.tensor(0.5))
 
 
+class CarriesState(Counts):
+    """As truncated backpropagation through time does it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.hiddens: tuple[Tensor, Tensor] | None = None
+        self.center, self.classes, self.phase = torch.zeros(2), np.ones(2), "warming"
+
+    def change(self, loss: Tensor) -> None:
+        self.hiddens = (loss, loss)
+        self.center = 0.9 * self.center + loss
+        self.classes[0] += 1
+        self.phase = "training"
+
+
+class Average:
+    """Of weights, and no layer of the module."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.shadow = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.network, self.path = network, "/runs/of another day"
+
+    def update(self) -> None:
+        for name, p in self.network.named_parameters():
+            self.shadow[name] = 0.9 * self.shadow[name] + 0.1 * p.detach()
+
+
+class Averages(Counts):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.average, self.teachers = Average(self.network), [torch.nn.Linear(2, 2)]
+
+    def change(self, loss: Tensor) -> None:
+        self.average.update()
+        torch.nn.init.constant_(self.teachers[0].bias, float(loss))
+
+
+class Centred(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.center, self.calls, self.kept = torch.zeros(2), 0, torch.nn.Dropout(0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.calls += 1
+        self.center = 0.9 * self.center + features.detach().mean(0)[:2]
+        return features
+
+
+class CountsInside(Counts):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.network.append(Centred())
+
+    def change(self, loss: Tensor) -> None:
+        """Its layer does."""
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        (
+            CarriesState,
+            "self.hiddens had 2 entries and is None, self.center held other values, self.classes held other values, "
+            "and 1 more",
+        ),
+        (Averages, "self.average held other values, self.teachers held other values"),
+        (CountsInside, "self.network.4.calls was 4 and is 0, self.network.4.center held other values"),
         (CountsRows, "self.seen was 8 and is 0"),
         (
             CountsAll,
@@ -481,13 +546,28 @@ class SetsAtStart(Counts):
         """Nothing."""
 
 
+class HoldsWhatAStepMade(Counts):
+    """A tensor with a graph is of no use to the next step; a path and a network's own weights are no state."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.layers, self.path = [self.network[0], self.network[3].weight], f"runs/{id(self)}"
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.made = super().training_step(batch, batch_idx)
+        return self.made
+
+    def change(self, loss: Tensor) -> None:
+        """Nothing."""
+
+
 class ResetsAtStart(KeepsItself):
     def on_train_start(self) -> None:
         self.seen = 0
 
 
 def test_attributes_that_are_there_again_are_not_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for kind in (KeepsItself, SetsAtStart):
+    for kind in (KeepsItself, SetsAtStart, HoldsWhatAStepMade):
         assert resumed(kind, (INSIDE, DONE), tmp_path / kind.__name__, caplog) == {INSIDE: EXACT, DONE: EXACT}
 
 
@@ -496,6 +576,23 @@ def test_attributes_that_training_starts_with_are_compared_after_it_starts(
 ) -> None:
     said = resumed(ResetsAtStart, (INSIDE,), tmp_path, caplog)[INSIDE][1]
     assert said == "not promised: self.seen was 8 and is 0, which no checkpoint keeps"
+
+
+class DrawsItself(Recorded):
+    """With generators of its own, as for noise or for mixing rows."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.noise, self.mixing = torch.Generator().manual_seed(3), np.random.default_rng(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, *others = batch
+        features = features + torch.rand(features.shape, generator=self.noise)
+        return super().training_step((features, *others), batch_idx) * float(self.mixing.random())
+
+
+def test_generators_of_the_modules_own_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert resumed(DrawsItself, (INSIDE, DONE), tmp_path, caplog) == {INSIDE: EXACT, DONE: EXACT}
 
 
 # Metrics that hold more than their states

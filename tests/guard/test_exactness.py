@@ -33,9 +33,9 @@ class Plain(TinyModule):
         return DataLoader(TensorDataset(features, torch.arange(ROWS)), batch_size=BATCH_SIZE)
 
 
-def said(path: Path, folder: Path, caplog: pytest.LogCaptureFixture, module: TinyModule) -> str:
+def said(path: Path, folder: Path, caplog: pytest.LogCaptureFixture, module: TinyModule, **options: Any) -> str:
     with caplog.at_level(logging.INFO):
-        quiet_trainer(folder, CheckpointGuard()).fit(module, ckpt_path=path)
+        quiet_trainer(folder, CheckpointGuard(), **options).fit(module, ckpt_path=path)
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
     return line.removeprefix("exact").strip()
 
@@ -54,6 +54,24 @@ def test_a_checkpoint_without_the_guards_state_does_not(
 def test_another_batch_size_says_what_is_kept(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line = said(trained / "step=7.ckpt", tmp_path, caplog, OtherBatches())
     assert "batches have another size; a TrainingSampler gives each row that is left of the epoch once" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "was", "now"),
+    [
+        ("gradient_clip_val", None, 0.01),
+        ("limit_train_batches", 1.0, 3),
+        ("limit_val_batches", 1.0, 1),
+        ("val_check_interval", 1.0, 2),
+        ("check_val_every_n_epoch", 1, 3),
+    ],
+)
+def test_other_settings_of_the_trainer_are_said(
+    option: str, was: Any, now: Any, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = said(trained / "step=7.ckpt", tmp_path, caplog, TinyModule(), **{option: now})
+    assert line.startswith("not promised: ")
+    assert f"{option} was {was} and is {now}" in line
 
 
 def test_another_version_of_torch_is_said(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from enstack_lightning.guard.restart.module_state import plain
+from enstack_lightning.guard.restart.held_values import plain
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -11,6 +11,7 @@ from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
 from enstack_lightning.guard.live import named_parameters
 from enstack_lightning.guard.restart.lost_by_loaders import lost_by_loaders
+from enstack_lightning.guard.restart.lost_by_others import lost_by_others, other_settings
 from enstack_lightning.guard.restart.module_state import lost_by_module
 from enstack_lightning.guard.restart.plain_order import drawn_anew
 from enstack_lightning.guard.restart.stock_callbacks import lost_by_callbacks
@@ -72,6 +73,8 @@ def lost_guarantees(
     lost += lost_by_loaders(trainer, restart) + rounded_weights(report, named)
     if restart is not None:
         lost += lost_by_module(trainer, restart.resume.get("module"))
+        lost += lost_by_others(trainer, restart.resume.get("others"))
+        lost += other_settings(trainer, restart.resume.get("settings"))
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
+from enstack_lightning.guard.restart.lost_by_others import users_callbacks
 from enstack_lightning.guard.restart.own_generators import generators_in, generators_of, set_state, state_of
 from enstack_lightning.guard.restart.plain_order import forget_order, know_order
 from enstack_lightning.guard.restart.rng import (
@@ -111,7 +112,7 @@ def as_if_in(trainer: Trainer, epoch: float) -> Iterator[None]:
 
 
 def capture_generators(trainer: Trainer) -> dict[str, Any]:
-    """The states of the generators that training and validation loaders own, with samplers and data sets, by place."""
+    """The states of the generators that loaders, the module and callbacks own, by place."""
     return {place: state_of(generator) for place, generator in _generators(trainer)}
 
 
@@ -131,6 +132,10 @@ def _generators(trainer: Trainer) -> Iterator[tuple[str, Any]]:
             if not getattr(loader, "num_workers", 0):
                 dataset = getattr(loader, "dataset", None)
                 yield from ((f"{place}.dataset.{name}", generator) for name, generator in generators_in(dataset))
+    owners = {"module": trainer.lightning_module, "data module": getattr(trainer, "datamodule", None)}
+    owners |= {f"callback.{n}": callback for n, callback in enumerate(users_callbacks(trainer))}
+    for place, owner in owners.items():
+        yield from ((f"{place}.{name}", generator) for name, generator in generators_in(owner, deepest=0))
 
 
 # Workers

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from enstack_lightning.guard.ranks import on_any_rank
+from enstack_lightning.guard.restart.held_values import attributes, differences, is_users, taken_down
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
 from enstack_lightning.guard.restart.rows import (
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from enstack_lightning.guard.restart.loops import ExactRestart
 
 _INDICES_COMPARED = 10_000
-_NOT_THE_USERS = ("torch", "torchdata", "lightning", "pytorch_lightning", "enstack_lightning", "datasets")
 
 
 def lost_by_loaders(trainer: Trainer, restart: ExactRestart | None) -> list[str]:
@@ -162,15 +162,18 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def capture_counts(trainer: Trainer) -> dict[str, dict[str, int]]:
-    """The whole numbers that samplers and data sets of the user's own classes keep in this process, by place.
+def capture_counts(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """The numbers and tensors that samplers and data sets of the user's own classes keep in this process, by place.
 
     Lightning's epoch is not one of them, nor what has a state that a loader saves.
     """
-    return {
-        place: {name: value for name, value in vars(owner).items() if type(value) is int and name != "epoch"}
-        for place, owner in _counting(trainer)
-    }
+    return {place: taken_down(_counts(owner)) for place, owner in _counting(trainer)}
+
+
+def _counts(owner: Any) -> dict[str, Any]:
+    """Not what is gathered of rows in lists and dicts, which most often is the same whenever it is read."""
+    kinds = bool | int | float | torch.Tensor | np.ndarray
+    return {name: value for name, value in vars(owner).items() if isinstance(value, kinds) and name != "epoch"}
 
 
 def _counting(trainer: Trainer) -> Iterator[tuple[str, Any]]:
@@ -181,17 +184,14 @@ def _counting(trainer: Trainer) -> Iterator[tuple[str, Any]]:
 
 
 def _may_count(loader: Any, owner: Any) -> bool:
-    is_users = type(owner).__module__.partition(".")[0] not in _NOT_THE_USERS and hasattr(owner, "__dict__")
-    return is_users and not keeps_its_position(loader) and not (has_state(loader) and has_state(owner))
+    of_users = is_users(type(owner)) and hasattr(owner, "__dict__")
+    return of_users and not keeps_its_position(loader) and not (has_state(loader) and has_state(owner))
 
 
-def _other_counts(then: dict[str, dict[str, int]], trainer: Trainer) -> Iterator[str]:
+def _other_counts(then: dict[str, dict[str, Any]], trainer: Trainer) -> Iterator[str]:
     for place, owner in _counting(trainer):
-        for name, value in then.get(place, {}).items():
-            now = getattr(owner, name, value)
-            if now != value:
-                what = f"{_name(owner)}.{name} is {now} and was {value}"
-                yield f"{what}; if rows or their order depend on it they differ"
+        for _, said in differences(then.get(place, {}), attributes(owner), _name(owner)):
+            yield f"{said}; if rows or their order depend on it they differ"
 
 
 def _name(value: Any) -> str:

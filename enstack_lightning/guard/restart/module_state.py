@@ -7,11 +7,9 @@ no hook twice: here stands what is compared at a resume, so that the resume repo
 from __future__ import annotations
 
 import dis
-import math
 import sys
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,8 @@ import torch
 from torch import Tensor
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
+from enstack_lightning.guard.restart.held_values import differences, few, is_users, taken_down, tensors_of
+from enstack_lightning.guard.restart.lost_by_others import users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _LARGEST_BUFFER = 4 * 2**20
 """Bytes of a buffer that are still compared: larger ones, such as masks, are as good as always constants."""
-_LONGEST = 1_000
-"""Entries of a list of numbers whose values are still compared."""
 _OURS = ("lightning.", "pytorch_lightning.", "enstack_lightning.")
 
 
@@ -40,7 +38,7 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
 
     Returns:
         `evaluating`: the names of layers in evaluation mode, None in the middle of a step; `hook`: the module's hook
-        that the save came before, or None; what `_observed` says of its attributes; and `buffers`, checksums of those
+        that the save came before, or None; its attributes as `taken_down` has them; and `buffers`, checksums of those
         that are not persistent.
     """
     module = trainer.lightning_module
@@ -48,7 +46,7 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
     return {
         "evaluating": _evaluating(trainer, point) if known else None,
         "hook": _hook_to_come(module) if known and point != "epoch_start" else None,
-        **_observed(module),
+        **taken_down(_held_by(module), tensors_of(module)),
         "buffers": dict(_buffers(module)),
     }
 
@@ -99,28 +97,14 @@ def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
 # Attributes
 
 
-def _observed(module: LightningModule) -> dict[str, Any]:
-    """Of the attributes that the module's own code has set.
-
-    Returns:
-        `numbers`; `lengths` of lists and the like; `contents`, checksums of those that hold numbers alone; `updates`
-        of metrics in them, which no state_dict has.
-    """
+def _held_by(module: LightningModule) -> dict[str, Any]:
+    """What the module's own code has set, and what layers of the user's classes hold, by name."""
     theirs = _names_of_lightning(lightning_base(module, "LightningModule"))
-    own = {n: value for n, value in vars(module).items() if n not in theirs and not n.startswith("_hparams")}
-    filled = {name: value for name, value in own.items() if isinstance(value, list | dict | deque | set)}
-    return {
-        "numbers": {name: plain(value) for name, value in own.items() if isinstance(value, bool | int | float)},
-        "lengths": {name: len(value) for name, value in filled.items()},
-        "contents": {name: s for name, value in filled.items() if (s := _checksum_of_numbers(value)) is not None},
-        "updates": {name: count for name, value in filled.items() if (count := _updates_in(value)) is not None},
-    }
-
-
-def plain(number: Any) -> Any:
-    """A number as one of Python's own: a checkpoint that is loaded safely holds no NumPy scalar and no enum."""
-    kinds: tuple[type, ...] = (bool, int, float)
-    return next(kind(number) for kind in kinds if isinstance(number, kind))
+    held = {n: value for n, value in vars(module).items() if n not in theirs and not n.startswith("_hparams")}
+    for path, layer in module.named_modules():
+        if path and is_users(type(layer)) and not hasattr(layer, "_defaults"):  # a metric's is kept with the epoch
+            held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
+    return held
 
 
 @cache
@@ -128,22 +112,9 @@ def _names_of_lightning(base: Any) -> frozenset[str]:
     return frozenset(vars(base()))
 
 
-def _entries(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
-
-
-def _checksum_of_numbers(value: Any) -> int | None:
-    if isinstance(value, set) or len(value) > _LONGEST:
-        return None
-    entries = list(_entries(value))
-    if not all(isinstance(entry, bool | int | float) for entry in entries):
-        return None
-    return zlib.crc32(repr([plain(entry) for entry in entries]).encode())
-
-
-def _updates_in(value: Any) -> int | None:
-    counts = [getattr(entry, "_update_count", None) for entry in _entries(value) if hasattr(entry, "_defaults")]
-    return sum(int(count) for count in counts if count is not None) if counts else None
+@cache
+def _names_of_layers() -> frozenset[str]:
+    return frozenset(vars(torch.nn.Module()))
 
 
 def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
@@ -172,41 +143,15 @@ def _checksum_now(module: torch.nn.Module, path: str) -> int | None:
 def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
     """How the module's attributes differ from those that it had at the save; None where they do not."""
     module, searched = trainer.lightning_module, found_by_searches(trainer)
-    differences = [said for name, said in _differences(module, saved) if name not in searched]
-    if not differences:
-        return None
-    more = f", and {len(differences) - 3:,} more" if len(differences) > 3 else ""
-    return f"{', '.join(differences[:3])}{more}, which no checkpoint keeps"
+    found = [said for name, said in _differences(module, saved) if name not in searched]
+    return f"{few(found)}, which no checkpoint keeps" if found else None
 
 
 def _differences(module: LightningModule, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    now, held = _observed(module), vars(module)
-    for name, was in saved.get("numbers", {}).items():
-        if not _same(was, now["numbers"].get(name)):
-            yield name, f"self.{name} was {was} and is {_short(held, name)}"
-    for name, was in saved.get("lengths", {}).items():
-        entries = "entry" if was == 1 else "entries"
-        if name not in now["lengths"]:
-            yield name, f"self.{name} had {was:,} {entries} and is {_short(held, name)}"
-        elif now["lengths"][name] != was:
-            yield name, f"self.{name} had {was:,} {entries} and has {now['lengths'][name]:,}"
-        elif any(now[kind].get(name) != saved.get(kind, {}).get(name) for kind in ("contents", "updates")):
-            yield name, f"self.{name} held other values"
+    yield from differences(saved, _held_by(module), "self", tensors_of(module))
     for name, was in saved.get("buffers", {}).items():
         if _checksum_now(module, name) not in (was, None):
             yield name, f"the buffer {name} held other values"
-
-
-def _same(was: Any, now: Any) -> bool:
-    both = isinstance(was, float) and isinstance(now, float)
-    return bool(was == now) or (both and math.isnan(was) and math.isnan(now))
-
-
-def _short(held: Mapping[str, Any], name: str) -> str:
-    if name not in held:
-        return "not set"
-    value = held[name]
-    return f"{value}" if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
 
 
 # Hooks
@@ -252,9 +197,12 @@ def lost_by_module(trainer: Trainer, saved: Mapping[str, Any] | None) -> list[st
     return lost
 
 
-def sets_up_at_start(module: LightningModule) -> bool:
-    """Whether the module's own code runs when training starts, and may set what is compared."""
-    return _overrides(module, "on_train_start") and not _does_nothing(module.on_train_start)
+def sets_up_at_start(trainer: Trainer) -> bool:
+    """Whether code of the module or of a callback runs when training starts, and may set what is compared."""
+    module = trainer.lightning_module
+    own = [module] if _overrides(module, "on_train_start") else []
+    own += [c for c in users_callbacks(trainer) if _owner(c, "on_train_start").__name__ != "Callback"]
+    return not all(_does_nothing(owner.on_train_start) for owner in own)
 
 
 def _epoch_starts(trainer: Trainer) -> Iterator[str]:

@@ -19,6 +19,7 @@ from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
 from enstack_lightning.guard.restart.loader_position import capture_generators, capture_reloads, loader_states
 from enstack_lightning.guard.restart.lost_by_loaders import capture_counts
+from enstack_lightning.guard.restart.lost_by_others import capture_others, capture_settings
 from enstack_lightning.guard.restart.module_state import capture_module_state
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, gradients_wait
 from enstack_lightning.guard.restart.plain_order import capture_order
@@ -78,6 +79,8 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "frozen": capture_frozen(trainer),
         "reloads": capture_reloads(trainer),
         "module": capture_module_state(trainer, point),
+        "others": capture_others(trainer),
+        "settings": capture_settings(trainer),
         "ranks": _of_all_ranks(trainer, mine),
     }
     return state
