@@ -23,12 +23,13 @@ from enstack_lightning.checkpoint.location import LocalLocation, RemoteLocation,
 from enstack_lightning.checkpoint.manifest import (
     BLOCK_BYTES,
     FOLDER_MANIFEST,
+    MAX_DEPTH,
     MAX_DIFFERENCES,
     compare_manifest,
     manifest_path,
     write_manifest,
 )
-from enstack_lightning.checkpoint.manifest_file import MAX_MANIFEST_BYTES
+from enstack_lightning.checkpoint.manifest_file import MAX_FILES, MAX_MANIFEST_BYTES
 from enstack_lightning.errors import CheckpointError, CheckpointNotFoundError
 
 
@@ -214,7 +215,6 @@ UNUSABLE: dict[str, Callable[[dict[str, Any]], object]] = {
     "no digest": lambda m: m["files"][0].pop("blake3"),
     "a step that is text": lambda m: m.update(global_step="12"),
     "a format that is a number": lambda m: m.update(format=1),
-    "too many files": lambda m: m.update(files=m["files"] * 4_000),
 }
 
 
@@ -238,7 +238,6 @@ def test_a_manifest_that_says_what_none_can_say_is_unusable(kind: str, folder: P
         b"[" * 100_000,
         b'{"version":1,"version":1}',
         b'{"version":NaN}',
-        b" " * (MAX_MANIFEST_BYTES + 1),
         b'{"version":' + b"9" * 10_000 + b"}",
     ],
     ids=lambda c: repr(c[:12]),
@@ -246,6 +245,31 @@ def test_a_manifest_that_says_what_none_can_say_is_unusable(kind: str, folder: P
 def test_a_manifest_that_is_no_manifest_is_unusable(content: bytes, folder: Path) -> None:
     manifest_path(folder).write_bytes(content)
     assert compared(folder).defect
+
+
+def test_a_manifest_larger_than_any_is_not_believed(folder: Path) -> None:
+    whole = write_manifest(folder).read_bytes()
+    manifest_path(folder).write_bytes(whole + b" " * MAX_MANIFEST_BYTES)
+    assert f"bytes; the limit is {MAX_MANIFEST_BYTES:,}" in compared(folder).defect
+    manifest_path(folder).write_bytes(whole)
+    edit_manifest(folder, lambda m: m.update(files=[m["files"][0] | {"name": str(n)} for n in range(MAX_FILES + 1)]))
+    assert f"files; the limit is {MAX_FILES:,}" in compared(folder).defect
+
+
+def test_files_are_listed_so_many_folders_deep_and_no_deeper(folder: Path) -> None:
+    deep = folder.joinpath(*"abcdefghi"[:MAX_DEPTH])
+    deep.mkdir(parents=True)
+    (deep / "file").touch()
+    write_manifest(folder)
+    (deep / "i").mkdir()
+    with pytest.raises(CheckpointError, match="lies more than 8 folders deep"):
+        write_manifest(folder)
+
+
+def test_what_a_killed_writer_of_a_manifest_left_is_no_difference(folder: Path) -> None:
+    write_manifest(folder)
+    (folder / f".{FOLDER_MANIFEST}.0a1b2c3d.tmp").write_bytes(b"{")
+    assert compared(folder).differences == ()
 
 
 def test_a_manifest_cut_off_or_flipped_anywhere_is_unusable_or_shows_a_difference(tmp_path: Path) -> None:

@@ -195,6 +195,12 @@ class Counting:
         return 1 / self.calls
 
 
+def stepped_by_hand(optimizer: Optimizer) -> LRScheduler:
+    scheduler = StepLR(optimizer, 3)
+    scheduler.step = lambda epoch=None: None  # type: ignore[method-assign]
+    return scheduler
+
+
 def raising(step: int) -> float:
     if step:
         raise RuntimeError("no factor")
@@ -207,6 +213,7 @@ def raising(step: int) -> float:
         (lambda o: ReduceLROnPlateau(o), "depends on the metrics of the run"),
         (lambda o: Mine(o, 3), "Mine is none of torch's schedulers"),
         (lambda o: SequentialLR(o, [Mine(o, 3), StepLR(o, 3)], [5]), "Mine is none of torch's schedulers"),
+        (stepped_by_hand, "StepLR is none of torch's schedulers"),
         (lambda o: OneCycleLR(o, 0.1, 10), "it cannot make 30 steps: Tried to step"),
         (lambda o: LambdaLR(o, Counting()), "keeps a state of its own"),
         (lambda o: LambdaLR(o, raising), "it cannot make 30 steps: no factor"),

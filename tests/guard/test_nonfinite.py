@@ -250,6 +250,25 @@ def test_a_device_is_looked_at_every_few_batches_and_the_first_bad_step_is_known
     assert looks.at == [3, 5, 8, 10, 13, 15], "every third batch and at each epoch's end"
 
 
+class Branches(TinyModule):
+    """One parameter more has a gradient in every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sometimes = torch.nn.Linear(1, 2, bias=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss: Tensor = super().training_step(batch)
+        return loss + self.sometimes.weight.sum() if len(self.losses) % 2 else loss
+
+
+def test_on_a_device_parameters_may_have_a_gradient_in_some_steps_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonfinite, "_is_at_hand", lambda tensor: False)
+    assert about_steps(fit(tmp_path, Branches())) == []
+
+
 def test_a_device_is_looked_at_before_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nonfinite, "_is_at_hand", lambda tensor: False)
     looks = Looks(monkeypatch)
@@ -303,8 +322,11 @@ def test_bad_weights_become_neither_best_nor_last(moment: bool, plugins: Any, tm
     saves = monitored(tmp_path, save_top_k=1, save_last=True)
     trainer = quiet_trainer(tmp_path, CheckpointGuard(), Loses(8, moment), saves, plugins=plugins, max_epochs=2)
     what = "exp_avg_sq of parameter 0 in optimizer 0" if moment else r"layer\.weight"
-    with pytest.warns(UserWarning, match=rf"{what} is not finite at step 8\. .*best-step=8\.ckpt\.nonfinite; .*step=7"):
+    with pytest.warns(
+        UserWarning, match=rf"{what} is not finite at step 8\. .*best-step=8\.ckpt\.nonfinite; .*step=7"
+    ) as said:
         trainer.fit(Logs())
+    assert not [w for w in said if "would be refused" in str(w.message)], "what is saved aside is for no resume"
     assert ckpts(tmp_path) == ["best-step=7.ckpt", "best-step=8.ckpt.nonfinite", "last.ckpt"]
     assert Path(saves.best_model_path) == tmp_path / "best-step=7.ckpt"
     assert [Path(p).name for p in saves.best_k_models] == ["best-step=7.ckpt"]
@@ -318,6 +340,13 @@ def test_bad_weights_become_neither_best_nor_last(moment: bool, plugins: Any, tm
     trainer.fit(module, ckpt_path="best")
     assert trainer.ckpt_path == str(tmp_path / "best-step=7.ckpt")
     assert finite(module)
+
+
+def test_what_is_saved_aside_has_what_the_callback_saves(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_weights_only=True)
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(2), saves, max_epochs=1).fit(TinyModule())
+    assert "optimizer_states" not in torch.load(tmp_path / "step=2.ckpt.nonfinite")
 
 
 def test_top_k_keeps_what_it_had(tmp_path: Path) -> None:

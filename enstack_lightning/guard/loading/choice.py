@@ -16,7 +16,6 @@ from typing import Literal
 from enstack_lightning.checkpoint import Report, Severity, Verdict, failure_of, newest_good
 from enstack_lightning.checkpoint.location import LocalLocation, Location, RemoteLocation, locate
 from enstack_lightning.checkpoint.manifest import MANIFEST_SUFFIX
-from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.search import CORRUPT_SUFFIX, SET_ASIDE_SUFFIXES, natural_order
 from enstack_lightning.checkpoint.source import object_store
 from enstack_lightning.errors import (
@@ -153,7 +152,7 @@ def what_it_costs(choice: Choice, moved: dict[str, str], strict: bool) -> str:
 
 
 def _checkpoints_in(folder: Location) -> list[str]:
-    names = [n for n in _names(folder) if n.endswith(".ckpt") and not n.startswith(".") and not is_unfinished(n)]
+    names = [n for n in _names(folder) if n.endswith(".ckpt") and not n.startswith(".")]
     return [str(folder.child(name)) for name in sorted(names, key=natural_order)]
 
 

@@ -241,7 +241,7 @@ def nonfinite_among(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     by_device: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype in _FLOATS and not tensor.is_meta and tensor.numel():
+        if tensor.dtype in _FLOATS and tensor.numel():
             plain = _plain(tensor)
             by_device.setdefault((plain.device, plain.dtype), {})[name] = plain
     bad: set[str] = set()
