@@ -256,6 +256,20 @@ def test_a_manifest_larger_than_any_is_not_believed(folder: Path) -> None:
     assert f"files; the limit is {MAX_FILES:,}" in compared(folder).defect
 
 
+def test_a_manifest_of_several_files_is_none_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"content")
+    write_manifest(path)
+    edit_manifest(path, lambda m: m["files"].append(m["files"][0] | {"name": "b.ckpt"}))
+    assert compared(path).defect == "it lists 2 files beside a checkpoint of one"
+
+
+def test_a_folder_of_more_files_than_any_gets_no_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enstack_lightning.checkpoint.manifest.MAX_FILES", 2)
+    with pytest.raises(CheckpointError, match="the folder holds more than 2 files"):
+        write_manifest(folder)
+
+
 def test_files_are_listed_so_many_folders_deep_and_no_deeper(folder: Path) -> None:
     deep = folder.joinpath(*"abcdefghi"[:MAX_DEPTH])
     deep.mkdir(parents=True)

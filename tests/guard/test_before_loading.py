@@ -23,6 +23,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
 from enstack_lightning.checkpoint.manifest import write_manifest
+from enstack_lightning.guard.loading.choice import checkpoints_beside
+from enstack_lightning.guard.loading.renamed import forget_renamed
 
 ENTRY_POINTS = ("fit", "validate", "test", "predict")
 
@@ -451,6 +453,19 @@ def test_a_best_checkpoint_that_was_set_aside_is_forgotten(keep: int, tmp_path: 
     assert Path(best.best_model_path).exists()
     assert Path(best.last_model_path).exists()
     assert {"best-epoch=0.ckpt.corrupt", "last.ckpt.corrupt"} <= set(names(tmp_path))
+
+
+def test_a_last_and_a_best_one_that_were_set_aside_are_forgotten(tmp_path: Path) -> None:
+    best, last = str(tmp_path / "best.ckpt"), str(tmp_path / "last.ckpt")
+    state = {"best_model_path": best, "best_model_score": 0.5, "best_k_models": {}, "last_model_path": last}
+    forget_renamed({"callbacks": {"saves": state}}, [best, last])
+    assert state == {"best_model_path": "", "best_model_score": None, "best_k_models": {}, "last_model_path": ""}
+
+
+def test_a_hidden_name_is_that_of_no_checkpoint_to_fall_back_to(tmp_path: Path) -> None:
+    for name in ("a.ckpt", ".b.ckpt", "c.ckpt"):
+        (tmp_path / name).touch()
+    assert checkpoints_beside(str(tmp_path / "a.ckpt")) == [str(tmp_path / "c.ckpt")]
 
 
 def test_a_fallback_that_does_not_exist_is_refused() -> None:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from enstack_lightning import CheckpointGuard, SampleLedger
 from enstack_lightning.checkpoint.ledger import LedgerReport, read_ledger
 from enstack_lightning.checkpoint.ledger_file import (
+    MAGIC,
+    MAX_JSON_BYTES,
     MAX_ROW,
     STEPPED,
     Batch,
@@ -102,6 +104,19 @@ def test_a_row_costs_less_than_two_bytes() -> None:
     sizes = [len(encoder.batch(0, n, n + 1, STEPPED, chance.sample(range(20_000), 16), 16)) for n in range(1, 1_000)]
     assert sum(sizes) / len(sizes) / 16 < 2.2
     assert max(sizes) < 48
+
+
+def test_a_start_inside_a_file_and_a_description_without_end_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.ledger"
+    for damage, what in (
+        (lambda e: e.begin(HEADER).removeprefix(MAGIC), "no start stands at its beginning, and only there"),
+        (lambda e: e.loader(replace(LOADER, sampler="x" * MAX_JSON_BYTES)), "a description has 65,"),
+    ):
+        encoder = Encoder()
+        path.write_bytes(encoder.begin(HEADER) + damage(encoder))
+        _, tail = read_records(path)
+        assert isinstance(tail, Tail)
+        assert tail.damage.startswith(what)
 
 
 def test_a_torn_file_holds_all_records_before_the_cut(tmp_path: Path) -> None:

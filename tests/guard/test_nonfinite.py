@@ -389,6 +389,15 @@ def test_what_is_saved_by_hand_does_not_replace_the_good_one(plugins: Any, tmp_p
     assert verify_checkpoint(tmp_path / "mine.ckpt.nonfinite").facts.progress.global_step == BATCHES
 
 
+def test_moments_alone_keep_what_is_saved_by_hand_from_replacing_the_good_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.ckpt"
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), Loses(4, moment=True), SavesByHand(path), max_steps=4)
+    with pytest.warns(UserWarning, match="exp_avg_sq of parameter 0 in optimizer 0 is not finite in the checkpoint"):
+        trainer.fit(TinyModule())
+    assert torch.load(path)["global_step"] == 3
+    assert torch.load(f"{path}.nonfinite")["global_step"] == 4
+
+
 def test_nothing_takes_what_was_set_aside(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no checkpoint stands yet"):
         quiet_trainer(tmp_path, CheckpointGuard(), Loses(1), every_step(tmp_path), max_epochs=1).fit(TinyModule())

@@ -156,7 +156,7 @@ def _refused(g: GlobalFacts) -> bool:
     """Whether the name is not exactly one that the pickle's loader is meant to meet."""
     if g.loader == "never":
         return runs_code(g.module, g.name) and (g.module, g.name) not in _OF_ENUMS
-    module = "builtins" if g.module == _PYTHON_2_BUILTINS and g.loader != "pickle" else g.module
+    module = "builtins" if g.module == _PYTHON_2_BUILTINS else g.module
     return (module, g.name) not in _ALLOWED[g.loader]
 
 

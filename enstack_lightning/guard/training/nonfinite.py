@@ -84,7 +84,7 @@ class NonfiniteWatch:
         norms = gradient_norms(grads)
         if _is_at_hand(norms):
             if not torch.isfinite(norms.sum()):
-                bad = (~torch.isfinite(norms)).tolist() if len(norms) == len(grads) else [True] * len(grads)
+                bad = (~torch.isfinite(norms)).tolist()
                 self._note(trainer)
                 names = names_of(module, [p for p, is_bad in zip(parameters, bad, strict=True) if is_bad])
                 self._bad_gradients |= dict.fromkeys(names or ["their sum, which overflows"])
