@@ -379,6 +379,16 @@ def test_a_whole_checkpoint_that_cannot_be_resumed_from_keeps_its_name(run: Path
     assert (run / "weights.ckpt").exists()
 
 
+@pytest.mark.filterwarnings("ignore:CheckpointGuard. .* a resume from it would be refused")
+def test_one_with_a_class_that_nobody_vouches_for_keeps_its_name(run: Path, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(WithKind())
+    trainer.save_checkpoint(run / "with a class.ckpt")
+    with pytest.warns(UserWarning, match=r"CK701 .*Kind.*Set aside: nothing was renamed"):
+        resume(run / "with a class.ckpt", tmp_path, fallback())
+    assert (run / "with a class.ckpt").exists()
+
+
 def test_strict_falls_back_from_warnings(trained: Path, run: Path, tmp_path: Path) -> None:
     def behind(checkpoint: dict[str, Any]) -> None:
         for state in checkpoint["optimizer_states"][0]["state"].values():

@@ -649,6 +649,11 @@ def test_lost_counters_are_put_back_at_an_epochs_end(
         ("epoch=1", lambda c: c.update(global_step=9), "global_step is 9, and its optimizer did 10 steps"),
         ("epoch=1", lambda c: c.update(epoch=4), "global_step 10 in epoch 4 is no end of an epoch"),
         ("epoch=1", lambda c: set_steps(c, 9.0), "global_step is 10, and its optimizer did 9 steps"),
+        (
+            "epoch=1",
+            lambda c: c["optimizer_states"][0]["state"][0].update(step=torch.tensor(9.0)),
+            "global_step is 10, and its optimizer did 9 steps",
+        ),
         ("epoch=1", lambda c: c["optimizer_states"][0]["state"].pop(0), "not every parameter of its optimizer"),
         ("epoch=1", lambda c: c["lr_schedulers"][0].update(last_epoch=9), r"its schedulers stand at \[9\], expected"),
         ("epoch=1", lambda c: c["callbacks"].pop("CheckpointGuard"), "it was saved without a guard"),
