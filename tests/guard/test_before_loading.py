@@ -22,8 +22,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
+from enstack_lightning.checkpoint import report_on
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
 from enstack_lightning.checkpoint.manifest import write_manifest
-from enstack_lightning.guard.loading.choice import checkpoints_beside
+from enstack_lightning.guard.loading.choice import checkpoints_beside, set_aside
 from enstack_lightning.guard.loading.renamed import forget_renamed
 
 ENTRY_POINTS = ("fit", "validate", "test", "predict")
@@ -387,6 +389,18 @@ def test_one_with_a_class_that_nobody_vouches_for_keeps_its_name(run: Path, tmp_
     with pytest.warns(UserWarning, match=r"CK701 .*Kind.*Set aside: nothing was renamed"):
         resume(run / "with a class.ckpt", tmp_path, fallback())
     assert (run / "with a class.ckpt").exists()
+
+
+NOT_NOW = Defect(DefectKind.UNREADABLE, "c.ckpt", "Input/output error")
+
+
+@pytest.mark.parametrize("read", [lambda: 1 // 0, lambda: Facts("c.ckpt", defects=(NOT_NOW,))], ids=["CK100", "CK106"])
+def test_one_that_could_not_be_judged_keeps_its_name(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "c.ckpt").touch()
+    report = report_on(read, str(tmp_path / "c.ckpt"))
+    assert not report.accepted(strict=False)
+    assert set_aside([report]) == {}
+    assert (tmp_path / "c.ckpt").exists()
 
 
 def test_strict_falls_back_from_warnings(trained: Path, run: Path, tmp_path: Path) -> None:
