@@ -322,12 +322,15 @@ class CheckpointGuard(Callback):
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
-        if self._restart is not None and sets_up_at_start(trainer) and self._is_accepted_by_all(trainer, self.report):
+        by_all = trainer.strategy.reduce_boolean_decision(self.report.accepted(self.strict))
+        if by_all and self._restart is not None and on_any_rank(trainer, sets_up_at_start(trainer)):
             # What hooks that come after this one set is compared with what was held at the save.
             self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
         else:
             self._say_what_is_resumed(trainer, self.report, *rates, named)
-        self._stop_everywhere_if_refused(trainer, self.report)
+        self._stop_if_refused(self.report)
+        if not by_all:  # what one rank alone refuses ends all: the others would wait for it
+            raise CheckpointGuardError(f"another rank refused to resume from {path}; its own error says why")
         log_scalars(trainer, resume_scalars(self.report, *rates))
         for finding in self.report.of(Severity.WARNING):
             rank_zero_warn(f"CheckpointGuard: {finding.code} {finding.message}. {finding.hint}".rstrip())
@@ -414,16 +417,6 @@ class CheckpointGuard(Callback):
 
     def _before_repair(self, trainer: Trainer, report: Report) -> Report:
         return awaiting_repair(report) if self.repair and trainer.state.fn == FITTING else report
-
-    def _is_accepted_by_all(self, trainer: Trainer, report: Report) -> bool:
-        return bool(trainer.strategy.reduce_boolean_decision(report.accepted(self.strict)))
-
-    def _stop_everywhere_if_refused(self, trainer: Trainer, report: Report) -> None:
-        """What one rank alone refuses ends all: the others would wait for it."""
-        by_all = self._is_accepted_by_all(trainer, report)
-        self._stop_if_refused(report)
-        if not by_all:
-            raise CheckpointGuardError(f"another rank refused to resume from {report.path}; its own error says why")
 
     def _stop_if_refused(self, report: Report) -> None:
         if not report.accepted(self.strict):

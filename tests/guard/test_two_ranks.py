@@ -73,6 +73,7 @@ def cases_of(strategy: str, saves: Path, folder: Path) -> dict[str, tuple[str, P
         "fallback": case("fallback", cut, fallback="previous"),
         "no last": case("no last", None, rank_1="finds nothing"),
         "good": case("good", None),
+        "hook": case("hook", None, rank_1="a hook of its own"),
         "lost on one rank": case("lost on one rank", None, rank_1="loses its optimizer"),
     }
 
@@ -105,7 +106,7 @@ def test_both_ranks_act_on_one_verdict(strategy: str, came_of: dict[str, dict[st
     older = path.with_name("step=4.ckpt")
     assert fallen == [f"step 16 from {older} judged {older}"] * 2
     assert path.with_name("step=8.ckpt.corrupt").exists()
-    for path, said in (found["no last"], found["good"]):
+    for path, said in (found["no last"], found["good"], found["hook"]):
         assert said == [f"step 16 from {path} judged {path}"] * 2
     _, lost = found["lost on one rank"]
     assert "CK402 optimizer 0 has no state" in lost[1]

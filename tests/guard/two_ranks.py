@@ -2,7 +2,7 @@
 
 A case is `[STRATEGY, SAVES, PATH, FALLBACK, RANK_1]`. Each rank writes to `ANSWERS/rank` what came of its runs. Rank 1
 "sees nothing" at the path, as with a file system of its own, or "finds nothing" that `ckpt_path="last"` could mean, or
-"loses its optimizer" after loading.
+"loses its optimizer" after loading, or has "a hook of its own" when training starts.
 """
 
 import json
@@ -58,6 +58,11 @@ class Loses(Callback):
             trainer.optimizers[0].state.clear()
 
 
+class Hook(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        print("a hook of rank 1")
+
+
 def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: str) -> str:
     guard = CheckpointGuard(fallback=fallback)
     save = ModelCheckpoint(saves, filename="{step}", every_n_train_steps=4, save_top_k=-1)
@@ -70,6 +75,8 @@ def came_of(strategy: str, saves: str, path: str | None, fallback: str, rank_1: 
         callbacks=[*([Loses()] if rank_1 == "loses its optimizer" else []), save, guard],
         **quiet,
     )
+    if trainer.global_rank == 1 and rank_1 == "a hook of its own":
+        trainer.callbacks.append(Hook())
     contents = decision.contents
     if trainer.global_rank == 1 and rank_1 == "sees nothing":
         decision.contents = lambda p: contents(f"{p}.nowhere" if p else p)
