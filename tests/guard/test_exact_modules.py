@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -561,13 +562,31 @@ class HoldsWhatAStepMade(Counts):
         """Nothing."""
 
 
+class Unreadable(dict[str, int]):
+    def items(self) -> Any:
+        raise RuntimeError("not now")
+
+
+class HoldsWhatCannotBeLookedAt(HoldsWhatAStepMade):
+    """Its file that is mapped has other numbers in each run, and may have more of them than there is memory."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        with tempfile.TemporaryFile() as file:
+            self.mapped = np.memmap(file, np.int64, shape=4)
+        self.mapped[:] = id(self)
+        self.freed, self.lazy = torch.zeros(8), torch.zeros(2, dtype=torch.complex64).conj()
+        self.freed.untyped_storage().resize_(0)
+        self.unreadable, self.wide = Unreadable(a=1), np.zeros(2, dtype=np.longdouble)
+
+
 class ResetsAtStart(KeepsItself):
     def on_train_start(self) -> None:
         self.seen = 0
 
 
 def test_attributes_that_are_there_again_are_not_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for kind in (KeepsItself, SetsAtStart, HoldsWhatAStepMade):
+    for kind in (KeepsItself, SetsAtStart, HoldsWhatAStepMade, HoldsWhatCannotBeLookedAt):
         assert resumed(kind, (INSIDE, DONE), tmp_path / kind.__name__, caplog) == {INSIDE: EXACT, DONE: EXACT}
 
 

@@ -24,7 +24,7 @@ _SIZED = (list, tuple, dict, deque, set)
 _MOST_ENTRIES = (10, 30, 1_000)
 """Entries of a list and the like that are compared, evenly spaced from the last: of the innermost level first."""
 _MOST_ELEMENTS = 2**16
-"""Elements of a tensor that are compared, evenly spaced."""
+"""Elements of a tensor or array that are compared, evenly spaced."""
 
 
 def is_users(kind: type) -> bool:
@@ -54,7 +54,7 @@ def taken_down(values: Mapping[str, Any], kept: Collection[int] = ()) -> dict[st
         `numbers`; `lengths` of lists and the like; `contents`, checksums of what is known of all others.
     """
     others = {name: value for name, value in values.items() if not isinstance(value, bool | int | float)}
-    texts = {name: _text(value, kept, len(_MOST_ENTRIES)) for name, value in others.items()}
+    texts = {name: _text_if_any(value, kept) for name, value in others.items()}
     return {
         "numbers": {name: plain(value) for name, value in values.items() if name not in others},
         "lengths": {name: len(value) for name, value in others.items() if isinstance(value, _SIZED)},
@@ -117,6 +117,13 @@ def _short(held: Mapping[str, Any], name: str) -> str:
     return f"{value}" if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
 
 
+def _text_if_any(value: Any, kept: Collection[int]) -> str | None:
+    try:
+        return _text(value, kept, len(_MOST_ENTRIES))
+    except Exception:  # a tensor whose memory is freed, a mapping of the user's that raises: no save may fail for it
+        return None
+
+
 def _text(value: Any, kept: Collection[int], levels: int) -> str | None:
     """What is compared of a value; None where nothing of it is, as of a path or of a tensor that a step has made."""
     if isinstance(value, bool | int | float):
@@ -124,7 +131,7 @@ def _text(value: Any, kept: Collection[int], levels: int) -> str | None:
     if isinstance(value, str):
         return value if value.isidentifier() else None  # the name of a phase, and no path and no date
     if isinstance(value, np.ndarray | np.generic):
-        value = torch.as_tensor(np.array(value)) if value.dtype.kind in "biufc" else None
+        return _text_of_array(value)
     if isinstance(value, Tensor):
         return _text_of_tensor(value, kept)
     if levels == 0:
@@ -169,5 +176,17 @@ def _text_of_tensor(tensor: Tensor, kept: Collection[int]) -> str | None:
     if id(tensor) in kept or not is_plain or tensor.grad_fn is not None:
         return None
     flat = tensor.detach().reshape(-1)
-    some = flat[:: max(1, math.ceil(len(flat) / _MOST_ELEMENTS))].cpu().contiguous()
+    some = flat[:: _step(len(flat))].cpu().contiguous()
     return f"{tensor.dtype}{tuple(tensor.shape)}{zlib.crc32(some.view(torch.uint8).numpy().data)}"
+
+
+def _text_of_array(array: np.ndarray[Any, Any] | np.generic) -> str | None:
+    """Of numbers in memory: those of a file that is mapped are data, and would be read from the disk at every save."""
+    if isinstance(array, np.memmap) or array.dtype.kind not in "biufc":
+        return None
+    some = np.asarray(array).flat[:: _step(array.size)]
+    return f"{array.dtype}{array.shape}{zlib.crc32(some.tobytes())}"
+
+
+def _step(elements: int) -> int:
+    return max(1, math.ceil(elements / _MOST_ELEMENTS))

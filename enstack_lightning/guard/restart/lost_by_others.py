@@ -97,7 +97,7 @@ def _is_of_weights(value: Any) -> bool:
 
 def _is_data(name: str, value: Any) -> bool:
     """Of loaders' data sets `lost_by_loaders` tells."""
-    return name.startswith("_hparams") or (hasattr(value, "__getitem__") and is_users(type(value)))
+    return name.startswith("_hparams") or (hasattr(type(value), "__getitem__") and is_users(type(value)))
 
 
 def _is_users_alone(kind: type) -> bool:
