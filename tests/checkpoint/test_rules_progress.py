@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from builders import SavesAsEpochsBegin, TinyModule, edited, enstack_folder, every_epoch, every_step, quiet_trainer
-from genuine import huggingface_trainer
+from genuine import OfUnknownLength, huggingface_trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.checkpoint import Facts, Format, Report, Severity, Verdict, judge, verify_checkpoint
@@ -150,11 +150,23 @@ def test_a_save_between_the_batches_of_one_step_is_worth_knowing(tmp_path: Path)
 
 
 def test_a_plain_loader_says_how_many_batches_are_trained_twice(trained: Path, tmp_path: Path) -> None:
-    edit = counter("state_dict", "combined_loader", value=[])
+    def edit(checkpoint: dict[str, Any]) -> None:
+        counter("state_dict", "combined_loader", value=[])(checkpoint)
+        without_the_moment(checkpoint)
+
     report = verify_checkpoint(edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", edit))
     assert "up to 2 of them for the second time" in said(report, "CK305", "warning")
     (finding,) = [f for f in report.findings if f.code == "CK305"]
     assert "with shuffle=True or with a sampler that has a state" in finding.hint, "others it cannot restore"
+    assert "train with CheckpointGuard" in finding.hint
+
+
+def test_nobody_who_trains_with_the_guard_is_told_to(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path)).fit(OfUnknownLength())
+    report = verify_checkpoint(tmp_path / "step=3.ckpt")
+    (finding,) = [f for f in report.findings if f.code == "CK305"]
+    assert "without the training loader's position" in finding.message
+    assert "CheckpointGuard" not in finding.hint
 
 
 @pytest.mark.parametrize("value", [float("nan"), "0.7", True])

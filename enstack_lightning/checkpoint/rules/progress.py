@@ -243,9 +243,7 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
         yield warning(
             f"saved after batch {plan.step:,} of the epoch, without the training loader's position: a resume trains "
             f"other batches than the ones left, up to {plan.batches_repeated:,} of them for the second time",
-            hint="Train with CheckpointGuard, which keeps the order of a plain DataLoader; or with torchdata's "
-            "StatefulDataLoader over rows in order, with shuffle=True or with a sampler that has a state; or resume "
-            "from a checkpoint of an epoch's end.",
+            hint=_to_keep_the_position(guarded=facts.moment is not None),
         )
     elif plan.kind != "finished" and facts.loader_spent:
         yield warning(
@@ -263,6 +261,14 @@ def kind_of_checkpoint(facts: Facts, options: Options) -> Iterator[Outcome]:
         )
     else:
         yield passed(plan.sentence)
+
+
+def _to_keep_the_position(guarded: bool) -> str:
+    hint = (
+        "Train with torchdata's StatefulDataLoader over rows in order, with shuffle=True or with a sampler that has a "
+        "state; or resume from a checkpoint of an epoch's end"
+    )
+    return f"{hint}." if guarded else f"{hint}; or train with CheckpointGuard, which keeps that of a plain DataLoader."
 
 
 def _in_hooks_of_epoch_start(facts: Facts) -> bool:
