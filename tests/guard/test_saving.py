@@ -37,7 +37,7 @@ from enstack_lightning.guard.saving import atomic
 from enstack_lightning.guard.saving.atomic import is_device, remove_leftovers, staging
 from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 from enstack_lightning.guard.saving.comparing import first_difference
-from enstack_lightning.guard.saving.retention import RESUMABLE, Level, Retention
+from enstack_lightning.guard.saving.retention import RESUMABLE, USABLE, Level, Retention
 
 DIGESTS = Options(digests=True)
 
@@ -804,6 +804,65 @@ def test_one_that_is_saved_anew_after_it_was_asked_to_go_stays(trained: Path, tm
     retention.saved(one, Level(RESUMABLE, 1))
     retention.settle(one, is_saved=True)
     assert retention.saved(other, Level(RESUMABLE, 2)) == []
+
+
+def weights_alone(trained: Path, folder: Path, step: int) -> str:
+    checkpoint = torch.load(trained / f"step={step}.ckpt")
+    for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        del checkpoint[name]
+    torch.save(checkpoint, folder / f"weights={step}.ckpt")
+    return str(folder / f"weights={step}.ckpt")
+
+
+@pytest.mark.parametrize("ignored", [(), ("CK205",)])
+def test_none_to_resume_from_goes_for_weights_alone(ignored: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
+    retention = Retention(Options(ignore=ignored))
+    one, weights = str(shutil.copy(trained / "step=1.ckpt", tmp_path)), weights_alone(trained, tmp_path, 2)
+    for path in (one, weights):
+        retention.saved(path, retention.level(path)[0])
+    assert not retention.may_remove(one)
+    assert retention.may_remove(weights)
+
+
+def test_one_of_an_earlier_run_goes_for_another_of_the_same_step(trained: Path, tmp_path: Path) -> None:
+    one, last = (str(shutil.copy(trained / "step=1.ckpt", tmp_path / name)) for name in ("a.ckpt", "last.ckpt"))
+    retention = Retention(Options())
+    assert retention.may_remove(one)
+    assert not retention.may_remove(last)
+
+
+def test_what_was_judged_by_other_options_is_judged_anew(trained: Path, tmp_path: Path) -> None:
+    checkpoint, path = torch.load(trained / "step=1.ckpt"), str(tmp_path / "a.ckpt")
+    checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = -1.0
+    torch.save(checkpoint, path)
+    retention = Retention(Options())
+    assert retention.level_now(path).quality == USABLE
+    retention.judge_by(Options(ignore=("CK407",)))
+    assert retention.level_now(path).quality == RESUMABLE
+
+
+def test_one_that_was_asked_to_go_before_its_save_goes_with_it_where_another_stands(
+    trained: Path, tmp_path: Path
+) -> None:
+    retention = Retention(Options())
+    one, other = (str(shutil.copy(trained / f"step={n}.ckpt", tmp_path)) for n in (1, 2))
+    retention.saved(other, Level(RESUMABLE, 2))
+    retention.announce(one)
+    assert not retention.may_remove(one)
+    assert retention.saved(one, Level(RESUMABLE, 1)) == [one]
+
+
+def test_one_that_stays_since_the_save_over_it_failed_was_not_asked_to_go(trained: Path, tmp_path: Path) -> None:
+    saves, one = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None), tmp_path / "step=1.ckpt"
+    saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), one)
+    saves.retention.announce(str(one))
+    saves.remove_checkpoint(one)
+    with full_disk(100), pytest.raises(CheckpointSaveError):
+        saves.save_checkpoint(torch.load(trained / "step=2.ckpt"), one)
+    saves.save_checkpoint(torch.load(trained / "step=3.ckpt"), tmp_path / "step=3.ckpt")
+    assert one.exists()
+    saves.remove_checkpoint(one)  # none is queued any more
+    assert not one.exists()
 
 
 def test_the_good_one_elsewhere_is_not_the_one_at_the_place(trained: Path, tmp_path: Path) -> None:

