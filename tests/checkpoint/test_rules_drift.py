@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,16 @@ import yaml
 from builders import TinyModule, enstack_folder, every_epoch, every_step, functions, quiet_trainer, write_jsonl
 from genuine import huggingface_trainer
 
-from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, report_on, verify_checkpoint
-from enstack_lightning.checkpoint.facts import Facts, Format
+from enstack_lightning.checkpoint import Options, Report, Severity, Verdict, judge, report_on, verify_checkpoint
+from enstack_lightning.checkpoint.facts import (
+    Facts,
+    Format,
+    OptimizerFacts,
+    ParamGroupFacts,
+    ProgressFacts,
+    RunFacts,
+    SchedulerFacts,
+)
 from enstack_lightning.checkpoint.rules.drift import settings_of_config
 from enstack_lightning.data import VulnerabilityDataModule
 from enstack_lightning.guard import CheckpointGuard
@@ -239,3 +249,260 @@ def test_a_config_that_makes_no_sense_breaks_nothing(
     config = copy.deepcopy(before)
     edit(config)
     assert "CK100" not in {f.code for f in drift(folder / "step=5.ckpt", config).findings}
+
+
+# Of facts, for what takes no run to tell
+
+
+def saved(epochs: int = 2, batches: int | None = 0, optimizers: Any = (), **entries: Any) -> Facts:
+    progress = ProgressFacts(
+        global_step=10,
+        epochs_completed=epochs,
+        epochs_begun=epochs + bool(batches),
+        batches_in_epoch=batches,
+    )
+    return Facts(
+        "c.ckpt", Format.LIGHTNING, fields={"loops": "dict"}, progress=progress, optimizers=optimizers, **entries
+    )
+
+
+def resumed(before: Facts, **entries: Any) -> Facts:
+    """What a live run says that was restored from a checkpoint."""
+    return dataclasses.replace(before, live=True, saved=before, **entries)
+
+
+def outcomes(facts: Facts, code: str, config: dict[str, Any] | None = None) -> list[str]:
+    return [f"{f.severity}: {f.message}" for f in judge(facts, Options(run_config=config)) if f.code == code]
+
+
+def model(**before: Any) -> Facts:
+    return saved(hyper_parameters=before)
+
+
+NAMED = model(model_name_or_path="there/base", pretrained=True, num_labels=2, hidden_size=8, num_attention_heads=2)
+MODELS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "elsewhere": ({"model_name_or_path": "here/base"}, "CK901", "info: ", "info: "),
+    "another one": ({"model_name_or_path": "there/large"}, "CK901", "error: ", "warning: "),
+    "another one, of which nothing is read": (
+        {"model_name_or_path": "x", "pretrained": False},
+        "CK901",
+        "warn",
+        "warn",
+    ),
+    "from its configuration": ({"pretrained": False}, "CK901", "warning: ", "warning: "),
+    "another size": ({"hidden_size": 16, "pretrained": None}, "CK901", "", ""),
+    "other heads": ({"num_attention_heads": 4, "pretrained": False}, "CK901", "error: ", "error: "),
+    "other labels": ({"num_labels": 3}, "CK902", "error: ", "warning: "),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_model_is_told_of_a_configuration_and_of_a_live_run(name: str) -> None:
+    change, code, configured, live = MODELS[name]
+    now = {**NAMED.hyper_parameters, **change}
+    for said_of_it, expected in (
+        (outcomes(NAMED, code, {"model": now}), configured),
+        (outcomes(resumed(NAMED, hyper_parameters=now), code), live),
+    ):
+        assert [line for line in said_of_it if line.startswith(expected)], said_of_it
+        assert not [line for line in said_of_it if "model_name_or_path" in line] or "pretrained" not in change
+
+
+def test_another_size_is_told_where_it_does_not_come_with_the_model() -> None:
+    before, now = model(hidden_size=8), {"hidden_size": 16}
+    assert outcomes(before, "CK901", {"model": now})[0].startswith("error: hidden_size was 8 and is 16: the weights")
+    assert outcomes(resumed(before, hyper_parameters=now), "CK901")[0].startswith(
+        "warning: hidden_size was 8 and is 16"
+    )
+    unchanged = ["pass: the run builds the network that was saved"]
+    assert outcomes(NAMED, "CK901", {"model": {"hidden_size": 16, "pretrained": True}}) == unchanged
+    of_class = {"model": {"class_path": "a.Net", "init_args": {"hidden_size": 8}}}
+    assert outcomes(before, "CK901", of_class) == unchanged
+
+
+def test_another_class_of_model_is_told_by_its_name() -> None:
+    before = model(_class_path="a.Net")
+    assert outcomes(before, "CK901", {"model": {"_class_path": "a.b.Other"}}) == [
+        "error: the model is a a.b.Other, and the checkpoint is of a a.Net"
+    ]
+    assert outcomes(before, "CK901", {"model": {"_class_path": "a.b.Net"}}) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "accumulation", "new", "hint"),
+    [
+        (8, 2, 4, "accumulate_grad_batches 4 "),
+        (8, 1, 3, "The schedule's"),
+        (4, 1, 8, "The schedule's"),
+        (4, 3, 12, "1 "),
+    ],
+)
+def test_the_accumulation_that_keeps_the_batch_of_a_step(old: int, accumulation: int, new: int, hint: str) -> None:
+    run = RunFacts(accumulate_grad_batches=accumulation)
+    facts = saved(data_hyper_parameters={"batch_size": old}, run=run)
+    (found,) = [f for f in judge(facts, Options(run_config={"data": {"batch_size": new}})) if f.code == "CK903"]
+    assert hint in found.hint
+
+
+LENGTHS: dict[str, tuple[Facts, dict[str, int], list[str]]] = {
+    "none left": (saved(), {"max_epochs": 2}, ["error: max_epochs is 2"]),
+    "one left": (saved(), {"max_epochs": 3}, ["pass: max_epochs 3: 1 to train"]),
+    "no end": (saved(), {"max_epochs": -1, "max_steps": -1}, []),
+    "nothing at all": (saved(), {"max_epochs": 0, "max_steps": 0}, ["error: max_epochs is 0", "error: max_steps is 0"]),
+    "as many steps": (saved(), {"max_steps": 10}, ["error: max_steps is 10"]),
+    "a step": (saved(), {"max_steps": 11}, ["pass: max_steps 11: 1 to take"]),
+    "of weights": (saved(model_only=True), {"max_epochs": 0}, []),
+    "of no known steps": (
+        dataclasses.replace(saved(), progress=ProgressFacts(epochs_completed=2)),
+        {"max_steps": 9},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_what_is_left_of_a_run_of_another_length(name: str) -> None:
+    facts, length, expected = LENGTHS[name]
+    said_of_it = outcomes(facts, "CK906", {"trainer": length})
+    assert [line[: len(e)] for line, e in zip(said_of_it, expected, strict=True)] == expected
+
+
+def test_the_end_of_the_last_epoch_is_left_only_where_the_guard_recorded_the_moment() -> None:
+    whole = dataclasses.replace(saved(1, 5), run=RunFacts(batches_per_epoch=5))
+    assert outcomes(whole, "CK906", {"trainer": {"max_epochs": 2}})[0].startswith("error: max_epochs is 2")
+    recorded = dataclasses.replace(whole, moment="batch_end")
+    assert outcomes(recorded, "CK906", {"trainer": {"max_epochs": 2}}) == [
+        "pass: max_epochs 2: the end of the last epoch is left to do"
+    ]
+
+
+def test_tokens_of_another_vocabulary_are_told_where_they_were_trained_here() -> None:
+    data = {"tokenizer": "there/bpe", "vocab_size": 300}
+    before = saved(data_hyper_parameters=data)
+    for tokenizer, configured, live in (("here/bpe", "info: ", "info: "), ("there/word", "error: ", "warning: ")):
+        now = {**data, "tokenizer": tokenizer, "vocab_size": 400}
+        assert [line[: len(configured)] for line in outcomes(before, "CK908", {"data": now})] == [configured]
+        assert outcomes(resumed(before, data_hyper_parameters=now), "CK908")[0].startswith(live)
+    pretrained = dataclasses.replace(
+        saved(data_hyper_parameters={"vocab_size": 300}), hyper_parameters={"pretrained": True}
+    )
+    assert outcomes(pretrained, "CK908", {"data": {"vocab_size": 400}}) == ["pass: data as saved"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "scaler", "expected"),
+    [
+        ("16-mixed", "32-true", True, "warning: .* scaler's state is dropped"),
+        ("16-mixed", "32-true", False, "info: "),
+        ("bf16-mixed", "32-true", True, "info: "),
+        ("bf16-mixed", "16-mixed", False, "warning: .* begins anew"),
+        ("16-mixed", "bf16-mixed", False, "info: "),
+        ("32-true", "16-true", False, "warning: .* change their type"),
+    ],
+)
+def test_what_another_precision_does(old: str, new: str, scaler: bool, expected: str) -> None:
+    facts = saved(run=RunFacts(precision=old))
+    if scaler:
+        facts = dataclasses.replace(facts, fields={"loops": "dict", "MixedPrecision": "dict"})
+    (said_of_it,) = outcomes(facts, "CK909", {"trainer": {"precision": new}})
+    assert re.match(expected, said_of_it)
+
+
+# Of two runs
+
+
+def of_run(before: dict[str, Any], now: dict[str, Any], **entries: Any) -> Facts:
+    return resumed(saved(run=RunFacts(**before), **entries), run=RunFacts(**now))
+
+
+ROWS: dict[str, tuple[Facts, str]] = {
+    "the same": (of_run({"dataset_rows": 9}, {"dataset_rows": 9}), "pass: 9 rows"),
+    "fewer": (of_run({"dataset_rows": 9}, {"dataset_rows": 8}), "warning: the training data shrank from 9 to 8 rows$"),
+    "more": (of_run({"dataset_rows": 9}, {"dataset_rows": 10}), "warning: the training data grew from 9 to 10 rows$"),
+    "not known now": (of_run({"dataset_rows": 9}, {}), "$"),
+    "of another kind of digest": (of_run({"dataset_fingerprint": "a:1"}, {"dataset_fingerprint": "b:1"}), "$"),
+    "of another digest": (
+        of_run({"dataset_fingerprint": "a:1"}, {"dataset_fingerprint": "a:2"}),
+        "warning: the training data changed: its fingerprint was 1 and is 2",
+    ),
+    "of no digest now": (
+        of_run({"dataset_fingerprint": "a:1", "dataset_rows": 9}, {"dataset_rows": 9}),
+        "pass: 9 rows",
+    ),
+    "an epoch as long": (
+        of_run({"dataset_rows": 9, "batches_per_epoch": 5}, {"dataset_rows": 8, "batches_per_epoch": 5}),
+        "warning: .* to 8 rows$",
+    ),
+    "an epoch of no known length": (
+        of_run({"dataset_rows": 9, "batches_per_epoch": 5}, {"dataset_rows": 8}),
+        "warning: .* to 8 rows$",
+    ),
+    "an epoch that was of no known length": (
+        of_run({"dataset_rows": 9}, {"dataset_rows": 8, "batches_per_epoch": 5}),
+        "warning: .* to 8 rows$",
+    ),
+    "a shorter epoch": (
+        of_run({"dataset_rows": 9, "batches_per_epoch": 5}, {"dataset_rows": 8, "batches_per_epoch": 4}),
+        "warning: .* to 8 rows: an epoch had 5 batches and has 4$",
+    ),
+    "a shorter epoch, inside it": (
+        of_run({"dataset_rows": 9, "batches_per_epoch": 5}, {"dataset_rows": 8, "batches_per_epoch": 4}, batches=3),
+        "warning: .* to 8 rows: an epoch had 5 batches and has 4, of which 3 count as done$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_other_rows_are_told_with_what_they_do_to_the_epoch(name: str) -> None:
+    facts, expected = ROWS[name]
+    assert re.match(expected, " ".join(outcomes(facts, "CK910"))), outcomes(facts, "CK910")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"), [(1, 1, ["pass: seed 1, as saved"]), (1, None, []), (None, 1, []), (1, 2, ["info: "])]
+)
+def test_seeds_are_compared_where_both_are_known(old: int | None, new: int | None, expected: list[str]) -> None:
+    said_of_it = outcomes(of_run({"seed": old}, {"seed": new}), "CK914")
+    assert [line[: len(e)] for line, e in zip(said_of_it, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("2.6.0", "2.6.0+cpu", "info: "),
+        ("2.6.1", "2.6.0", "info: "),
+        ("2.6.0", "2.5.9", "warning: "),
+        ("2.6", "3.0", "info"),
+    ],
+)
+def test_a_version_is_older_by_its_first_two_numbers(old: str, new: str, expected: str) -> None:
+    (said_of_it,) = outcomes(resumed(saved(versions={"torch": old}), versions={"torch": new}), "CK915")
+    assert said_of_it.startswith(expected)
+
+
+def test_parameters_in_another_order_matter_where_the_optimizer_keeps_moments() -> None:
+    for keeps, severity in ((True, "error: "), (False, "info: ")):
+        group = ParamGroupFacts((0, 1), 1e-2, None, None, keeps)
+        optimizers = (OptimizerFacts((group,), {}, 0),)
+        digests = [{"parameter_digests": ((text,),)} for text in ("a" * 8 + "b" * 8, "b" * 8 + "a" * 8)]
+        (said_of_it,) = outcomes(of_run(*digests, optimizers=optimizers), "CK913")
+        assert said_of_it.startswith(f"{severity}optimizer 0: 2 of 2 parameters stand in another order")
+
+
+def test_a_schedule_that_is_to_step_otherwise_is_told() -> None:
+    schedulers = (SchedulerFacts(7, (), (), (), None, kind="StepLR"),)
+
+    def stepping(interval: str, every: int) -> dict[str, Any]:
+        return {"scheduler_intervals": (interval,), "scheduler_frequencies": (every,), "scheduler_kinds": ("StepLR",)}
+
+    for now, expected in (
+        (stepping("step", 1), "pass: 1 scheduler, as saved"),
+        (
+            stepping("step", 3),
+            "warning: scheduler 0 stepped every step and is to step every 3 steps: it runs at another",
+        ),
+        (stepping("epoch", 1), "warning: .* step and is to step every epoch: its position 7 counts steps"),
+        ({}, "pass: "),
+    ):
+        (said_of_it,) = outcomes(of_run(stepping("step", 1), now, schedulers=schedulers), "CK912")
+        assert re.match(expected, said_of_it)

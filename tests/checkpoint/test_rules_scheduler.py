@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from genuine import huggingface_trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.optim import lr_scheduler as schedules
 
-from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint import Facts, Format, Report, Severity, Verdict, judge, verify_checkpoint
+from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts, SchedulerFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard import CheckpointGuard
 
@@ -412,3 +415,252 @@ def test_the_scheduler_of_transformers_steps_with_its_optimizer(tmp_path: Path) 
     assert "scheduler steps 7, expected 7" in said(verify_checkpoint(path), "CK501", "pass")
     edited(path / "scheduler.pt", path / "scheduler.pt", lambda state: state.update(last_epoch=4))
     assert "scheduler steps 4, expected 7 (global_step)" in said(verify_checkpoint(path), "CK501", "warning")
+
+
+# The bounds, of facts that no run is needed for
+
+
+def at(position: int | None, rate: float = 1e-2, **entries: Any) -> SchedulerFacts:
+    made = SchedulerFacts(position, (rate,), (1e-2,), (), None, kind="StepLR")
+    return dataclasses.replace(made, **entries)
+
+
+def of_rates(*rates: float | None, steps: int = 10) -> OptimizerFacts:
+    groups = (ParamGroupFacts((n,), rate, 1e-2, None, True) for n, rate in enumerate(rates))
+    return OptimizerFacts(tuple(groups), {0: steps}, 1)
+
+
+def two_epochs(
+    *schedulers: SchedulerFacts,
+    intervals: tuple[str, ...] = ("step",),
+    every: tuple[int, ...] = (1, 1),
+    optimizers: tuple[OptimizerFacts, ...] = (of_rates(1e-2),),
+    counted: int | None = None,
+    steps: int | None = 10,
+    **run: Any,
+) -> Facts:
+    """Two epochs of five batches, at the end of the second."""
+    return Facts(
+        "checkpoint",
+        Format.LIGHTNING,
+        fields={"epoch": "int"},
+        progress=ProgressFacts(
+            epoch=1,
+            global_step=10,
+            optimizer_steps=steps,
+            scheduler_steps=sum(s.last_epoch or 0 for s in schedulers) if counted is None else counted,
+            epochs_completed=2,
+            epochs_begun=2,
+            batches_in_epoch=0,
+        ),
+        optimizers=optimizers,
+        schedulers=schedulers,
+        run=RunFacts(
+            scheduler_intervals=intervals,
+            scheduler_frequencies=every[: len(intervals)],
+            **{"batches_per_epoch": 5, **run},
+        ),
+    )
+
+
+def inside_the_third(facts: Facts) -> Facts:
+    """Three of its five batches are done."""
+    return dataclasses.replace(facts, progress=dataclasses.replace(facts.progress, epochs_begun=3, batches_in_epoch=3))
+
+
+def outcomes(facts: Facts, code: str) -> list[str]:
+    return [f"{f.severity.value}: {f.message}" for f in judge(facts) if f.code == code]
+
+
+BOTH = ("step", "epoch")
+WITH_STEPS = "warning: scheduler 0 steps with the optimizer and stands at 9, expected 10"
+POSITIONS: dict[str, tuple[Facts, str]] = {
+    "each where it should": (two_epochs(at(10), at(2), intervals=BOTH), "pass: scheduler steps 12"),
+    "of steps, one behind": (two_epochs(at(9), at(3), intervals=BOTH), WITH_STEPS),
+    "of steps that are not known": (two_epochs(at(9), at(3), intervals=BOTH, steps=None), "pass: "),
+    "of every second step": (two_epochs(at(5), at(2), intervals=BOTH, every=(2, 1)), "pass: "),
+    "of metrics": (two_epochs(at(9, kind="ReduceLROnPlateau"), at(2), intervals=BOTH), "pass: "),
+    "of epochs, before the last or after": (two_epochs(at(10), at(3), intervals=BOTH), "pass: "),
+    "of epochs, two off": (two_epochs(at(10), at(4), intervals=BOTH), "warning: scheduler 1 steps every epoch"),
+    "of two optimizers": (two_epochs(at(9), at(1), intervals=BOTH, optimizers=(of_rates(1e-2),) * 2), "pass: "),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_each_scheduler_is_held_to_its_own_interval(name: str) -> None:
+    facts, expected = POSITIONS[name]
+    (said_of_it,) = outcomes(facts, "CK501")
+    assert said_of_it.startswith(expected)
+
+
+def test_positions_of_which_one_is_not_known_are_not_added_up() -> None:
+    assert outcomes(two_epochs(at(None), at(5), counted=9), "CK501") == []
+    assert outcomes(two_epochs(at(5, kind="SWALR"), at(5), counted=9), "CK501") == []
+    assert outcomes(two_epochs(at(5), counted=0), "CK501") == []
+
+
+@pytest.mark.parametrize(("position", "passes"), [(0, True), (30, True), (40, True), (60, True), (61, False)])
+def test_a_scheduler_may_stand_with_the_counters_or_with_the_optimizer(position: int, passes: bool) -> None:
+    facts = dataclasses.replace(
+        two_epochs(at(position), optimizers=(of_rates(1e-2, steps=40),)),
+        format=Format.ENSTACK,
+        progress=ProgressFacts(epoch=2, step=0, epochs_completed=2, epochs_begun=2, batches_in_epoch=0),
+    )
+    assert outcomes(facts, "CK501")[0].startswith("pass" if passes else "warning")
+    assert outcomes(dataclasses.replace(facts, schedulers=(at(61, kind="ReduceLROnPlateau"),)), "CK501") == []
+
+
+NEXT_TO_NOTHING: dict[str, tuple[SchedulerFacts, bool]] = {
+    "at the start": (at(0, 0.0), True),
+    "after a step": (at(1, 0.0), False),
+    "rising": (at(7, 1e-9, next_lrs=(2e-9,)), True),
+    "level": (at(7, 1e-9, next_lrs=(1e-9,)), False),
+    "of a function, at its 50th step": (at(50, 1e-9, kind=None), True),
+    "of a function, at its 51st step": (at(51, 1e-9, kind=None), False),
+    "of a function that did not set it": (at(7, 1e-8, kind=None), False),
+    "of a function without a rate": (at(7, kind=None, last_lr=()), False),
+    "before a restart": (at(None, 0.0, kind="CosineAnnealingWarmRestarts"), True),
+    "before a restart, from the least rate": (
+        at(None, 0.0, kind="CosineAnnealingWarmRestarts", base_lrs=(0.0, 1e-8)),
+        True,
+    ),
+    "before a restart to next to nothing": (
+        at(None, 0.0, kind="CosineAnnealingWarmRestarts", base_lrs=(9e-9,)),
+        False,
+    ),
+    "of no known position": (at(None, 1e-9, next_lrs=(2e-9,)), False),
+    "complete": (at(9, 0.0, total_steps=10), True),
+    "complete but for a step": (at(8, 0.0, total_steps=10), False),
+}
+
+
+@pytest.mark.parametrize("name", NEXT_TO_NOTHING)
+def test_a_rate_next_to_nothing_is_excused_where_the_schedule_gives_it(name: str) -> None:
+    scheduler, excused = NEXT_TO_NOTHING[name]
+    for rate in (9e-9, 0.0):
+        (said_of_it,) = outcomes(two_epochs(scheduler, optimizers=(of_rates(rate),)), "CK502")
+        assert said_of_it.startswith("pass: " if excused else "warning: ")
+    (said_of_it,) = outcomes(two_epochs(scheduler, optimizers=(of_rates(1e-8),)), "CK502")
+    assert said_of_it.startswith("pass: ")
+
+
+def test_a_rate_is_too_high_above_twice_its_first_one() -> None:
+    assert outcomes(two_epochs(optimizers=(of_rates(2e-2),)), "CK502")[0].startswith("pass: ")
+    assert outcomes(two_epochs(optimizers=(of_rates(2.001e-2),)), "CK502")[0].startswith("warning: ")
+    four, five = of_rates(0.01, 0.011, 0.012, 0.013), of_rates(0.01, 0.011, 0.012, 0.013, 0.014)
+    assert [" ..." in outcomes(two_epochs(optimizers=(o,)), "CK502")[0] for o in (four, five)] == [False, True]
+
+
+SET_LAST: dict[str, tuple[Facts, str]] = {
+    "two of one optimizer, one of which it has": (two_epochs(at(5, 0.3), at(5)), "pass: "),
+    "two of one optimizer, none of which it has": (
+        two_epochs(at(5, 0.3), at(5, 0.2)),
+        "warning: the optimizer's learning rate is 1.000000e-02 and its scheduler set 3.000000e-01",
+    ),
+    "two of two optimizers": (two_epochs(at(5, 0.3), at(5), optimizers=(of_rates(1e-2), of_rates(0.3))), "pass: "),
+    "two of two optimizers, one of which none has": (
+        two_epochs(at(5, 0.3), at(5), optimizers=(of_rates(1e-2), of_rates(0.2))),
+        "warning: no optimizer has the learning rate 3.000000e-01",
+    ),
+    "a group without a rate": (two_epochs(at(5, 0.3), optimizers=(of_rates(1e-2, None),)), ""),
+    "a second optimizer without a rate": (
+        two_epochs(at(5, 0.3), optimizers=(of_rates(1e-2), of_rates(None))),
+        "",
+    ),
+    "a scheduler that says nothing of its rate": (two_epochs(at(5, 0.3), at(5, last_lr=())), ""),
+}
+
+
+@pytest.mark.parametrize("name", SET_LAST)
+def test_each_scheduler_has_an_optimizer_with_its_rate(name: str) -> None:
+    facts, expected = SET_LAST[name]
+    said_of_it = outcomes(facts, "CK503")
+    assert len(said_of_it) == bool(expected)
+    assert " ".join(said_of_it).startswith(expected)
+
+
+def test_a_rate_that_this_runs_schedule_does_not_give_is_told() -> None:
+    (said_of_it,) = outcomes(two_epochs(at(5, scheduled_lr=(0.5,))), "CK504")
+    assert said_of_it == (
+        "warning: learning rate 1.000000e-02 at scheduler step 5, where this run's schedule gives 5.000000e-01"
+    )
+    assert outcomes(two_epochs(at(5, scheduled_lr=(1e-2,))), "CK504")[0].startswith("pass: ")
+
+
+LEFT: dict[str, tuple[Facts, str]] = {
+    "in epochs": (two_epochs(at(10, total_steps=20), max_epochs=4), "pass: the schedule has 10 of 20 steps left"),
+    "in epochs, one more": (two_epochs(at(10, total_steps=19), max_epochs=4), "error: .* 9 of 19 .* the run 10:"),
+    "in steps": (two_epochs(at(10, total_steps=20), max_steps=20), "pass: "),
+    "in steps, one more": (two_epochs(at(10, total_steps=20), max_steps=21), "error: .* the run 11:"),
+    "in steps and epochs": (two_epochs(at(10, total_steps=20), max_steps=21, max_epochs=4), "pass: "),
+    "in no steps": (two_epochs(at(10, total_steps=20), max_steps=-1, max_epochs=5), "error: .* the run 15:"),
+    "accumulated": (
+        two_epochs(at(10, total_steps=15), max_epochs=4, accumulate_grad_batches=2),
+        "error: .* 5 of 15 steps left and the run 6:",
+    ),
+    "of epochs": (two_epochs(at(2, total_steps=4), intervals=("epoch",), max_epochs=4), "pass: .* 2 of 4 "),
+    "of epochs, one more": (
+        two_epochs(at(2, total_steps=3), intervals=("epoch",), max_epochs=4, max_steps=11),
+        "error: .* 1 of 3 .* the run 2:",
+    ),
+    "of every second step": (two_epochs(at(10, total_steps=11), every=(2,), max_epochs=9), "pass: "),
+    "in a finished run": (two_epochs(at(10, total_steps=10), max_epochs=2), "pass: .* 0 of 10 "),
+    "in a finished run of epochs of no known length": (
+        two_epochs(at(10, total_steps=10), max_epochs=2, batches_per_epoch=None),
+        "pass: .* 0 of 10 ",
+    ),
+    "inside an epoch": (
+        inside_the_third(two_epochs(at(10, total_steps=14), max_epochs=4, accumulate_grad_batches=2)),
+        "error: .* 4 of 14 steps left and the run 5:",
+    ),
+    "in steps of no known count": (
+        dataclasses.replace(
+            two_epochs(at(10, total_steps=10), max_steps=20), progress=ProgressFacts(epochs_completed=2)
+        ),
+        "info: the schedule is complete",
+    ),
+    "of a run of no known length": (two_epochs(at(10, total_steps=10)), "info: the schedule is complete: 10 of 10"),
+    "beyond the end": (two_epochs(at(11, total_steps=10)), "error: the schedule has 10 steps and stands at 11"),
+    "of a cosine": (
+        two_epochs(at(10, kind="CosineAnnealingLR", options={"T_max": 19}), max_epochs=4),
+        "",
+    ),
+    "of a cosine, one more": (
+        two_epochs(at(10, kind="CosineAnnealingLR", options={"T_max": 18}), max_epochs=4),
+        "info: CosineAnnealingLR reaches its end at step 18, and the run goes on to 20",
+    ),
+    "of a cosine that counts nothing": (
+        two_epochs(at(None, kind="CosineAnnealingLR", options={"T_max": 18}), max_epochs=4),
+        "",
+    ),
+    "of two optimizers": (
+        two_epochs(at(10, total_steps=11), optimizers=(of_rates(1e-2),) * 2, max_epochs=4),
+        "pass: .* 1 of 11 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_the_steps_left_in_the_schedule_and_in_the_run(name: str) -> None:
+    facts, expected = LEFT[name]
+    said_of_it = outcomes(facts, "CK505")
+    assert len(said_of_it) == bool(expected)
+    assert re.match(expected, " ".join(said_of_it)), said_of_it
+
+
+@pytest.mark.parametrize(("max_epochs", "told"), [(3, True), (4, False), (5, False)])
+def test_a_run_made_shorter_than_its_schedule_is_told(max_epochs: int, told: bool) -> None:
+    """Of 22 steps of the schedule 10 are done; that a run ends a step before its schedule is common."""
+    for scheduler in (at(10, total_steps=22 - 1), at(10, kind="CosineAnnealingLR", options={"T_max": 22 - 1})):
+        now = two_epochs(scheduler, max_epochs=max_epochs)
+        facts = dataclasses.replace(now, live=True, saved=two_epochs(scheduler, max_epochs=9))
+        ends = [line for line in outcomes(facts, "CK505") if "training ends before" in line]
+        assert bool(ends) == told
+        unchanged = dataclasses.replace(now, live=True, saved=now)
+        assert not [line for line in outcomes(unchanged, "CK505") if "training ends before" in line]
+        for unknown in (at(None, total_steps=21), at(None, kind="CosineAnnealingLR", options={"T_max": 21})):
+            assert not [
+                m for m in outcomes(dataclasses.replace(facts, schedulers=(unknown,)), "CK505") if "ends b" in m
+            ]
+        not_each_step = dataclasses.replace(now.run, scheduler_frequencies=(2,))
+        assert not [m for m in outcomes(dataclasses.replace(facts, run=not_each_step), "CK505") if "ends before" in m]
