@@ -144,6 +144,16 @@ def test_many_differences_are_told_in_few(folder: Path) -> None:
     assert "980 further differences" in differences[-1][1]
 
 
+def test_a_file_that_becomes_shorter_while_it_is_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.ckpt"
+    path.write_bytes(bytes(8 * BLOCK_BYTES))
+    write_manifest(path)
+    facts = compare_manifest(LocalLocation(path), True, lambda count: os.truncate(path, BLOCK_BYTES))
+    assert facts is not None
+    ((_, message),) = facts.differences
+    assert "it became shorter while it was read" in message
+
+
 def test_links_are_not_followed_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
     write_manifest(folder)
     moved = (folder / "model.bin").rename(tmp_path / "outside.bin")
@@ -153,7 +163,12 @@ def test_links_are_not_followed_out_of_the_folder(folder: Path, tmp_path: Path) 
         write_manifest(folder)
     (folder / "model.bin").unlink()
     moved.rename(folder / "model.bin")
-    (folder / "state").rename(tmp_path / "state")
+    (folder / "state").rename(folder / "other")
+    (folder / "state").symlink_to("other")
+    behind = [message for name, message in compared(folder).differences if name.startswith("state/")]
+    assert behind == ["it lies behind state, which is a link to a folder and not followed"]
+    (folder / "state").unlink()
+    (folder / "other").rename(tmp_path / "state")
     (folder / "state").symlink_to(tmp_path / "state")
     assert any("link to a folder" in message for _, message in compared(folder).differences)
     with pytest.raises(CheckpointError, match="link to a folder"):

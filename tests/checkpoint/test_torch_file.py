@@ -303,6 +303,7 @@ HEADERS: dict[str, Callable[[Path], object]] = {
     "names in capitals": lambda p: [edit(p, b"data/3", b"DATA/0", 0), edit(p, b"data/3", b"DATA/0", 0)],
     "names that leave the folder": lambda p: [edit(p, b"data/3", b"../../", 0), edit(p, b"data/3", b"../../", 0)],
     "one entry fewer": lambda p: poke(p, p.stat().st_size - 22 + 8, "<H", 3),
+    "size of the zip64 directory's end": lambda p: poke(p, p.stat().st_size - 42 - 56 + 4, "<Q", 45),
     "zip64 locator": lambda p: poke(p, p.stat().st_size - 42 + 8, "<Q", 0),
     "parts": lambda p: poke(p, p.stat().st_size - 22 + 4, "<H", 1),
     "comment": lambda p: [poke(p, p.stat().st_size - 2, "<H", 3), p.write_bytes(p.read_bytes() + b"abc")],
@@ -550,6 +551,18 @@ def test_signatures_without_end_are_refused(plain: Path) -> None:
         assert "has no entry at byte" in outcome(plain)[1]  # type: ignore[index]
 
 
+def with_gap(source: Path, target: Path, before: int) -> None:
+    """Bytes that belong to no record stand before one of them, and all offsets say so."""
+    target.touch()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a") as new:
+        for n, name in enumerate(old.namelist()):
+            if n == before:
+                new.fp.seek(new.start_dir)  # type: ignore[union-attr, attr-defined]
+                new.fp.write(b"PK\x03\x04")  # type: ignore[union-attr]
+                new.start_dir += 4  # type: ignore[attr-defined]
+            new.writestr(name, old.read(name))
+
+
 def added(path: Path, name: str, data: bytes = b"x") -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, data)
@@ -558,6 +571,15 @@ def added(path: Path, name: str, data: bytes = b"x") -> None:
 CONTENTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "bytes behind": (lambda p, o: o.write_bytes(p.read_bytes() + b"abc"), "3 bytes follow the end of the archive"),
     "bytes before": (lambda p, o: o.write_bytes(b"PK\x03\x04" + p.read_bytes()), "damaged"),
+    "bytes before the first record": (
+        lambda p, o: with_gap(p, o, 0),
+        "4 bytes stand before the archive's first record",
+    ),
+    "bytes between two records": (lambda p, o: with_gap(p, o, 2), "; the record before it ends at byte "),
+    "a pickle beyond all bounds": (
+        lambda p, o: rewrite(p, o, {"data.pkl": bytes(64 * 2**20 + 1)}),
+        "data.pkl it has 67,108,865 bytes; the limit is 64 MiB",
+    ),
     "half": (lambda p, o: o.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "it was cut off"),
     "deflated": (lambda p, o: rewrite(p, o, method=zipfile.ZIP_DEFLATED), "compressed (method 8)"),
     "no version": (lambda p, o: rewrite(p, o, {"version": None}), "version it is missing"),
@@ -702,6 +724,15 @@ def test_storages_of_scalars_are_read_within_a_bound(tmp_path: Path) -> None:
             file.read_scalar(tensors[-1])
 
 
+def test_a_scalar_lies_within_its_storage(plain: Path) -> None:
+    with LocalSource(plain) as source:
+        file = TorchFile(source)
+        assert file.read_scalar(described((), (), 11)) == 11.0
+        for offset in (12, -1):
+            with pytest.raises(ContainerDefectError, match="shorter than the tensor in it"):
+                file.read_scalar(described((), (), offset))
+
+
 def test_a_damaged_scalar_is_found_without_deep(tmp_path: Path) -> None:
     state = {"state": {0: {"step": torch.tensor(1234.5)}}, "param_groups": [{"params": [0]}]}
     torch.save({"optimizer_states": [state], "pytorch-lightning_version": "2.6"}, tmp_path / "t.ckpt")
@@ -749,6 +780,8 @@ def test_an_archive_of_hostile_size_is_refused_quickly(tmp_path: Path) -> None:
         began = time.process_time()
         assert facts_of(tmp_path / "o.pt").defects
         assert time.process_time() - began < 3
+    with LocalSource(tmp_path / "o.pt") as source, pytest.raises(ContainerDefectError, match="more than 100,000 ent"):
+        ZipArchive(source)
 
 
 @pytest.mark.parametrize("where", ["state_dict", "optimizer_states"])

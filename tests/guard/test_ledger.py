@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from enstack_lightning import CheckpointGuard, SampleLedger
 from enstack_lightning.checkpoint.ledger import LedgerReport, read_ledger
 from enstack_lightning.checkpoint.ledger_file import (
+    _EPOCH_END,
     MAGIC,
     MAX_JSON_BYTES,
     MAX_ROW,
@@ -110,6 +111,7 @@ def test_a_start_inside_a_file_and_a_description_without_end_are_damage(tmp_path
     path = tmp_path / "a.ledger"
     for damage, what in (
         (lambda e: e.begin(HEADER).removeprefix(MAGIC), "no start stands at its beginning, and only there"),
+        (lambda e: e._record(_EPOCH_END, b"\x01\x02"), "a record is longer than what it says"),
         (lambda e: e.loader(replace(LOADER, sampler="x" * MAX_JSON_BYTES)), "a description has 65,"),
     ):
         encoder = Encoder()
