@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from enstack_lightning.guard import CheckpointGuard
 
@@ -186,6 +188,20 @@ class LowersRates(Callback):
         trainer.optimizers[0].param_groups[0]["lr"] *= 1 - float(torch.rand(1, generator=self.noise)) / self.batches
 
 
+class KeepsWhatIsFound(Callback):
+    """The classes that validation finds, and how far the run is on a bar of another package."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+        self.bar = tqdm(file=StringIO())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.bar.update()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self.found.append(pl_module.network(batch[0]).argmax(1))
+
+
 class SavesItself(LowersRates):
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches, "average": self.average, "noise": self.noise.get_state()}
@@ -203,6 +219,7 @@ def test_what_a_callback_of_the_users_counts_is_said(tmp_path: Path, caplog: pyt
             "state_dict of LowersRates keeps",
         ),
         (SavesItself, "bit for bit"),
+        (KeepsWhatIsFound, "bit for bit"),
     ):
         folder = tmp_path / kind.__name__
         whole = train(folder, {}, {}, callbacks=(kind(),), saves=(inside(1, 1),), kind=OneRate)

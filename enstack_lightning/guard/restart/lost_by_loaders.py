@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from enstack_lightning.guard.ranks import on_any_rank
-from enstack_lightning.guard.restart.held_values import attributes, differences, is_users, taken_down
+from enstack_lightning.guard.restart.held_values import attributes, differences, is_users, of_kind, taken_down
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
 from enstack_lightning.guard.restart.rows import (
@@ -172,8 +172,8 @@ def capture_counts(trainer: Trainer) -> dict[str, dict[str, Any]]:
 
 def _counts(owner: Any) -> dict[str, Any]:
     """Not what is gathered of rows in lists and dicts, which most often is the same whenever it is read."""
-    kinds = bool | int | float | torch.Tensor | np.ndarray
-    return {name: value for name, value in vars(owner).items() if isinstance(value, kinds) and name != "epoch"}
+    kinds = (int, float, torch.Tensor, np.ndarray)
+    return {name: value for name, value in vars(owner).items() if of_kind(value, *kinds) and name != "epoch"}
 
 
 def _counting(trainer: Trainer) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from enstack_lightning.guard.flavor import lightning_base
-from enstack_lightning.guard.restart.held_values import attributes, differences, few, is_users, taken_down, tensors_of
+from enstack_lightning.guard.restart.held_values import (
+    attributes,
+    differences,
+    entries_of,
+    few,
+    is_users,
+    of_kind,
+    taken_down,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -22,6 +31,8 @@ _SETTINGS = (
     *("limit_train_batches", "limit_val_batches", "val_check_interval", "overfit_batches"),
 )
 """Of a Trainer, beside those that rules compare."""
+_SOME = 100
+"""Entries that tell whether a list is one of weights."""
 
 
 def capture_settings(trainer: Trainer) -> dict[str, str]:
@@ -86,18 +97,21 @@ def _holders(trainer: Trainer) -> Iterator[tuple[Any, _Counts]]:
 
 def _may_steer(name: str, value: Any) -> bool:
     """Whether a callback may go by it, as by a count or averaged weights; times and lists of figures are records."""
-    if isinstance(value, list | tuple | dict):
-        return any(map(_is_of_weights, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int | Tensor | torch.nn.Module) or is_users(type(value))
+    if of_kind(value, list, tuple, dict):
+        return any(_is_of_weights(entry) for _, entry in entries_of(value, _SOME) or ())
+    return of_kind(value, int, Tensor, torch.nn.Module) or is_users(type(value))
 
 
 def _is_of_weights(value: Any) -> bool:
-    return isinstance(value, torch.nn.Module) or (isinstance(value, Tensor) and value.ndim > 0)
+    """Classes that a validation has found are whole numbers."""
+    return of_kind(value, torch.nn.Module) or (
+        type(value) in (Tensor, torch.nn.Parameter) and value.ndim > 0 and value.is_floating_point()
+    )
 
 
 def _is_data(name: str, value: Any) -> bool:
     """Of loaders' data sets `lost_by_loaders` tells."""
-    return name.startswith("_hparams") or (hasattr(type(value), "__getitem__") and is_users(type(value)))
+    return f"{name}".startswith("_hparams") or (hasattr(type(value), "__getitem__") and is_users(type(value)))
 
 
 def _is_users_alone(kind: type) -> bool:

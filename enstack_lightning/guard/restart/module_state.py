@@ -100,9 +100,9 @@ def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
 def _held_by(module: LightningModule) -> dict[str, Any]:
     """What the module's own code has set, and what layers of the user's classes hold, by name."""
     theirs = _names_of_lightning(lightning_base(module, "LightningModule"))
-    held = {n: value for n, value in vars(module).items() if n not in theirs and not n.startswith("_hparams")}
+    held = {n: value for n, value in vars(module).items() if n not in theirs and not f"{n}".startswith("_hparams")}
     for path, layer in module.named_modules():
-        if path and is_users(type(layer)) and not hasattr(layer, "_defaults"):  # a metric's is kept with the epoch
+        if path and is_users(type(layer)) and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
             held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
     return held
 
@@ -121,7 +121,7 @@ def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
     for prefix, layer in module.named_modules():
         for name in layer._non_persistent_buffers_set:
             if (checksum := _checksum_of_buffer(layer, name)) is not None:
-                yield f"{prefix}.{name}" if prefix else name, checksum
+                yield f"{prefix}.{name}" if prefix else f"{name}", checksum
 
 
 def _checksum_of_buffer(layer: torch.nn.Module, name: str) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from enstack_lightning.guard.restart.held_values import of_kind
 from enstack_lightning.guard.restart.rng import as_text, from_text, python_state_as_text, python_state_from_text
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -56,7 +57,7 @@ def generators_in(owner: Any, deepest: int = _DEEPEST) -> Iterator[tuple[str, An
 
 
 def _is_generator(value: Any) -> bool:
-    return isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom)  # which has no state
+    return of_kind(value, *_KINDS) and not isinstance(value, random.SystemRandom)  # which has no state
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
