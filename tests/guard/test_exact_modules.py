@@ -438,6 +438,15 @@ class TotalsInside(Counts):
         self.inner[0].total += loss  # type: ignore[operator]
 
 
+class FillsLarge(Counts):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("bank", torch.zeros(2**21), persistent=False)
+
+    def change(self, loss: Tensor) -> None:
+        self.bank += loss
+
+
 class SetsAnew(Counts):
     def change(self, loss: Tensor) -> None:
         self.last = float(torch.tensor(0.5))
@@ -520,6 +529,7 @@ class CountsInside(Counts):
         (HidesMetric, "self.hidden held other values"),
         (Totals, "the buffer total held other values"),
         (TotalsInside, "the buffer inner.0.total held other values"),
+        (FillsLarge, "the buffer bank held other values"),
         (SetsAnew, "self.last was 0.5 and is not set"),
     ],
 )
@@ -578,6 +588,7 @@ class HoldsWhatCannotBeLookedAt(HoldsWhatAStepMade):
         self.freed, self.lazy = torch.zeros(8), torch.zeros(2, dtype=torch.complex64).conj()
         self.freed.untyped_storage().resize_(0)
         self.unreadable, self.wide = Unreadable(a=1), np.zeros(2, dtype=np.longdouble)
+        self.register_buffer("lazy_buffer", self.lazy, persistent=False)
 
 
 class ResetsAtStart(KeepsItself):

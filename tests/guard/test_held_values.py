@@ -146,7 +146,7 @@ def test_an_array_of_a_mapped_file_is_not_read_whatever_it_is_seen_through(tmp_p
 def test_names_of_runs_are_not_compared_and_names_of_phases_are() -> None:
     for name in ("exp_20261129_1619", "a3f9c01b77e24d5d", "runs/one", "at 10:15", "a" * 200):
         assert taken_down({"held": name}) == NOTHING
-    for name in ("warming", "phase_2", "resnet152"):
+    for name in ("warming", "phase_2", "warm-up", "fine tuning", "resnet152"):
         assert taken_down({"held": name})["contents"]
 
 

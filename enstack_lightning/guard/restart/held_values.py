@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 import time
 import zlib
@@ -32,6 +33,7 @@ _ELEMENTS = 32
 """Elements of a tensor or array that are compared for each entry that might be, evenly spaced."""
 _MOST_PASSED = 2**17
 """Entries of a dict or deque, which only can be gone through: of more than these the last."""
+_WORD = re.compile(r"[\w -]+")
 _LONGEST_WORD, _DIGITS_OF_A_RUN = 100, 4
 _LARGEST_INTEGER = 2**64
 _LONG_AGO = time.time() - 86_400
@@ -74,11 +76,20 @@ def taken_down(values: Mapping[str, Any], kept: Collection[int] = ()) -> dict[st
     for name, value in _by_name(values).items():
         if _is_number(value):
             numbers[name] = plain(value)
-        elif (text := _text_if_any(value, kept)) is not None:
-            contents[name] = zlib.crc32(text.encode())
+        elif (found := checksum(value, kept)) is not None:
+            contents[name] = found
         if of_kind(value, *_SIZED):
             lengths[name] = _length(value)
     return {"numbers": numbers, "lengths": lengths, "contents": contents}
+
+
+def checksum(value: Any, kept: Collection[int] = ()) -> int | None:
+    """Of what is compared of a value; None where nothing is. For `kept` see `taken_down`."""
+    try:
+        text = _text(value, kept, _LEVELS, _MOST_ENTRIES)
+    except Exception:  # a tensor whose memory is freed, an object of the user's that raises: no save may fail for it
+        return None
+    return None if text is None else zlib.crc32(text.encode())
 
 
 def differences(
@@ -155,20 +166,14 @@ def _is_time(value: Any) -> bool:
 
 def _is_word(text: str) -> bool:
     """Whether it may name a phase: no path, no date, and no run, whose name has its number or its time."""
-    return len(text) <= _LONGEST_WORD and text.isidentifier() and sum(map(str.isdigit, text)) < _DIGITS_OF_A_RUN
+    plain = len(text) <= _LONGEST_WORD and _WORD.fullmatch(text) is not None
+    return plain and sum(map(str.isdigit, text)) < _DIGITS_OF_A_RUN
 
 
 def _length(value: Any) -> int:
     """Of a list and the like, without what a class of the user's does for it."""
     kind: Any = next(kind for kind in _SIZED if of_kind(value, kind))
     return int(kind.__len__(value))
-
-
-def _text_if_any(value: Any, kept: Collection[int]) -> str | None:
-    try:
-        return _text(value, kept, _LEVELS, _MOST_ENTRIES)
-    except Exception:  # a tensor whose memory is freed, an object of the user's that raises: no save may fail for it
-        return None
 
 
 def _text(value: Any, kept: Collection[int], levels: int, most: int) -> str | None:
@@ -247,8 +252,8 @@ def _text_of_tensor(tensor: Tensor, kept: Collection[int], most: int) -> str | N
     else:  # which no view makes flat, and a copy may be larger than memory
         places = torch.arange(0, tensor.numel(), step, device=tensor.device)
         some = tensor[torch.unravel_index(places, tensor.shape)]
-    checksum = zlib.crc32(some.cpu().contiguous().view(torch.uint8).numpy().data)
-    return f"{tensor.dtype}{tuple(tensor.shape)}{checksum}"
+    content = some.cpu().contiguous().view(torch.uint8).numpy().data
+    return f"{tensor.dtype}{tuple(tensor.shape)}{zlib.crc32(content)}"
 
 
 def _text_of_array(array: np.ndarray[Any, Any] | np.generic, most: int) -> str | None:

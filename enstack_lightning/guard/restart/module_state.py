@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import dis
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
-from enstack_lightning.guard.restart.held_values import differences, few, is_users, taken_down, tensors_of
+from enstack_lightning.guard.restart.held_values import checksum, differences, few, is_users, taken_down, tensors_of
 from enstack_lightning.guard.restart.lost_by_others import users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_LARGEST_BUFFER = 4 * 2**20
-"""Bytes of a buffer that are still compared: larger ones, such as masks, are as good as always constants."""
 _OURS = ("lightning.", "pytorch_lightning.", "enstack_lightning.")
 
 
@@ -118,26 +114,11 @@ def _names_of_layers() -> frozenset[str]:
 
 
 def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
+    """Checksums of those that no state_dict has."""
     for prefix, layer in module.named_modules():
         for name in layer._non_persistent_buffers_set:
-            if (checksum := _checksum_of_buffer(layer, name)) is not None:
-                yield f"{prefix}.{name}" if prefix else f"{name}", checksum
-
-
-def _checksum_of_buffer(layer: torch.nn.Module, name: str) -> int | None:
-    """Of a buffer that no state_dict has; None where there is none of this name, or it is not compared."""
-    tensor = layer._buffers.get(name) if name in layer._non_persistent_buffers_set else None
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.nbytes > _LARGEST_BUFFER:
-        return None
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _checksum_now(module: torch.nn.Module, path: str) -> int | None:
-    *owners, name = path.split(".")
-    layer: torch.nn.Module | None = module
-    for owner in owners:
-        layer = None if layer is None else layer._modules.get(owner)
-    return None if layer is None else _checksum_of_buffer(layer, name)
+            if (found := checksum(layer._buffers.get(name))) is not None:
+                yield f"{prefix}.{name}" if prefix else f"{name}", found
 
 
 def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
@@ -149,8 +130,9 @@ def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
 
 def _differences(module: LightningModule, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from differences(saved, _held_by(module), "self", tensors_of(module))
+    now = dict(_buffers(module))
     for name, was in saved.get("buffers", {}).items():
-        if _checksum_now(module, name) not in (was, None):
+        if now.get(name, was) != was:
             yield name, f"the buffer {name} held other values"
 
 
