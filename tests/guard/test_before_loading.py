@@ -348,6 +348,14 @@ def test_steps_that_nothing_tells_are_not_invented(run: Path, tmp_path: Path) ->
         resume(run / "last.ckpt", tmp_path, fallback())
 
 
+def test_one_of_the_same_step_costs_none(run: Path, tmp_path: Path) -> None:
+    last = Path(shutil.copy(run / "step=7.ckpt", run / "last.ckpt"))
+    write_manifest(last, global_step=7)
+    cut(last)
+    with pytest.warns(UserWarning, match="stands at step 7, which costs 0 of 7 steps"):
+        resume(last, tmp_path, fallback())
+
+
 def test_steps_that_only_the_manifest_tells_are_counted(run: Path, tmp_path: Path) -> None:
     """It is set aside with its checkpoint before the sentence is made."""
     last = (run / "step=7.ckpt").rename(run / "last.ckpt")

@@ -159,3 +159,18 @@ def test_a_signal_to_a_run_that_goes_on_from_what_is_younger_than_an_earlier_run
     signalled_run(tmp_path, 5, tmp_path / "epoch=0.ckpt")
     assert steps(tmp_path) == {"recovery_checkpoint-v1.ckpt": 6, "recovery_checkpoint.ckpt": 6}
     assert (tmp_path / "recovery_checkpoint.ckpt").read_bytes() == earlier
+
+
+def test_it_stays_until_another_of_its_age_or_younger_stands(tmp_path: Path) -> None:
+    recovery, saves = RecoveryCheckpoint(str(tmp_path)), every_epoch(tmp_path)
+    trainer = quiet_trainer(tmp_path, saves, recovery)
+    other, own = tmp_path / "other.ckpt", tmp_path / "recovery_checkpoint.ckpt"
+    for path, seconds in ((other, 10), (own, 20)):
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    saves.best_model_path = str(other)
+    assert not recovery._superseded(trainer, own)
+    os.utime(other, (20, 20))
+    assert recovery._superseded(trainer, own)
+    other.unlink()
+    assert not recovery._superseded(trainer, own)
