@@ -119,6 +119,14 @@ def test_the_work_for_a_large_value_is_bounded(value: Any) -> None:
     assert peak < 1_000_000  # bytes: no copy of it is made
 
 
+def test_what_changes_one_of_the_entries_of_each_row_is_seen() -> None:
+    def rows(**others: int) -> list[dict[str, int]]:
+        return [{"a": 0, "b": 0, "c": 0, "d": 0} | others for _ in range(MANY)]
+
+    for name in "abcd":
+        assert list(differences(taken_down({"held": rows()}), {"held": rows(**{name: 1})}, "self"))
+
+
 @pytest.mark.parametrize("value", large(), ids=["list", "deque", "dict", "tree", "tensors"])
 def test_what_changes_all_of_a_large_value_is_seen(value: Any) -> None:
     then = taken_down({"held": value})

@@ -29,6 +29,8 @@ _LEVELS = 3
 """How deep lists, dicts and objects are looked into."""
 _MOST_ENTRIES = 2**11
 """Entries of an attribute that are compared with those of its entries, evenly spaced from the last."""
+_OF_EACH = 8
+"""Of these, those that each entry has at least that is made of others: one alone might be the one that stays."""
 _ELEMENTS = 32
 """Elements of a tensor or array that are compared for each entry that might be, evenly spaced."""
 _MOST_PASSED = 2**17
@@ -193,6 +195,8 @@ def _text(value: Any, kept: Collection[int], levels: int, most: int) -> str | No
         return "".join(sorted(filter(None, words))) or None
     if (entries := entries_of(value, most)) is None:
         return None
+    if levels == _LEVELS and not all(of_kind(entry, int, float, str) for _, entry in entries):
+        entries = entries[:: _step(len(entries), most // _OF_EACH)]
     each = most // (len(entries) or 1)
     return "".join(f"{name}:{_text(entry, kept, levels - 1, each)}," for name, entry in entries)
 
