@@ -212,6 +212,23 @@ def test_no_save_is_announced_where_there_is_no_memory_for_its_copy() -> None:
     assert not announced
 
 
+class Own(Tensor):
+    """Of which only its own code knows what else a copy needs."""
+
+    def clone(self, **options: Any) -> Any:
+        copy: Any = super().clone(**options)
+        copy.is_by_own_code = True
+        return copy
+
+
+def test_a_tensor_of_another_class_is_copied_by_its_own_code() -> None:
+    tensor = torch.randn(64, 64).as_subclass(Own)
+    copy: Any = SnapshotMemory().snapshot({"tensor": tensor}).checkpoint["tensor"]
+    assert copy.is_by_own_code
+    assert torch.equal(copy, tensor)
+    assert copy.data_ptr() != tensor.data_ptr()
+
+
 def test_memory_is_used_again_once_it_is_given_back() -> None:
     memory = SnapshotMemory()
     checkpoint = {"a": torch.ones(5000), "b": [torch.zeros(3000)]}

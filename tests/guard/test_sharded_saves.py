@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
 
 from enstack_lightning.checkpoint import Options, Report, verify_checkpoint
+from enstack_lightning.checkpoint.manifest import digest_files, manifest_path
 from enstack_lightning.guard.saving import atomic
+from enstack_lightning.guard.saving.atomic import staging
 from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
+from enstack_lightning.guard.saving.sharded import ShardedSaves
 
 SCRIPT = Path(__file__).with_name("sharded_saves.py")
 UNTOUCHED = "The checkpoint that stood there before is untouched."
@@ -44,6 +51,9 @@ def is_whole(folder: Path) -> bool:
 
 def test_what_goes_wrong_on_one_rank_is_said_by_all_and_changes_nothing(tmp_path: Path) -> None:
     cases = ("spoiled", "nothing", "full 1", "full 0", "one file", "flip", "other disk", "kill 1")
+    with staging(tmp_path / "nothing" / "c.ckpt"):
+        (left,) = (tmp_path / "nothing").iterdir()
+    left.mkdir()  # as a killed save leaves it
     said = what_came_of(tmp_path, *cases)
     assert said["nothing"] == ["saved", "saved"]
     assert is_whole(tmp_path / "nothing")
@@ -84,6 +94,47 @@ def test_rank_zero_killed_while_it_writes(tmp_path: Path) -> None:
     assert is_whole(tmp_path / "kill 0")
     assert len(atomic.remove_leftovers(tmp_path / "kill 0")) == 1
     assert [path.name for path in (tmp_path / "kill 0").iterdir()] == ["c.ckpt"]
+
+
+def guarded(**options: Any) -> GuardedCheckpointIO:
+    return GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None, **options)
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(0, ["", "__0_0.distcp", "__1_0.distcp", "meta.pt"]), (1, ["__1_0.distcp"])]
+)
+def test_each_rank_brings_its_files_to_the_disk_and_the_first_one_all(
+    rank: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("__0_0.distcp", "__1_0.distcp", "meta.pt"):
+        (tmp_path / name).write_bytes(name.encode())
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(os.path.relpath(Path(f"/proc/self/fd/{fd}").readlink(), tmp_path).removeprefix("."))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    entries = ShardedSaves(SimpleNamespace(global_rank=rank, world_size=2), guarded())._on_disk(tmp_path)
+    assert sorted(set(synced)) == expected
+    assert [entry.name for entry in entries] == (["__0_0.distcp", "meta.pt"] if rank == 0 else ["__1_0.distcp"])
+
+
+def test_a_file_that_shows_late_is_in_the_manifest(tmp_path: Path) -> None:
+    staged, target = tmp_path / "staged", tmp_path / "c.ckpt"
+    staged.mkdir()
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        (staged / name).write_bytes(name.encode())
+    early = list(digest_files(staged, lambda name: name.startswith("__0")))
+    ShardedSaves(SimpleNamespace(), guarded())._commit({}, staged, target, early)
+    listed = json.loads(manifest_path(target).read_text())["files"]
+    assert [file["name"] for file in listed] == ["__0_0.distcp", "__1_0.distcp"]
+
+
+def test_storage_options_are_the_strategys_own_to_refuse(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="storage_options"):
+        ShardedSaves(FSDPStrategy(), guarded())({}, tmp_path / "c.ckpt", storage_options={})
 
 
 def test_a_folder_that_is_half_removed_does_not_stand_under_its_name(
