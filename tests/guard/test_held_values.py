@@ -89,6 +89,14 @@ def test_attributes_that_are_set_by_names_of_another_kind_go_by_pythons_own() ->
             assert not list(differences(then, {name: value}, "self"))  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [({1}, {2}), (frozenset("a"), frozenset("b")), ({"a": [1]}, {"a": [2]}), (deque([1]), deque([2]))]
+)
+def test_what_is_held_inside_is_compared(was: Any, now: Any) -> None:
+    said = [said for _, said in differences(taken_down({"held": was}), {"held": now}, "self")]
+    assert said == ["self.held held other values"]
+
+
 MANY = 200_000
 
 

@@ -24,7 +24,7 @@ _NOT_THE_USERS = sys.stdlib_module_names | {
     *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "enstack_lightning"),
     *("tqdm", "rich", "loguru", "matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow"),  # which only show
 }
-_SIZED = (list, tuple, dict, deque, set)
+_SIZED = (list, tuple, dict, deque, set, frozenset)
 _LEVELS = 3
 """How deep lists, dicts and objects are looked into."""
 _MOST_ENTRIES = 2**11
@@ -190,7 +190,7 @@ def _text(value: Any, kept: Collection[int], levels: int, most: int) -> str | No
         return _text_of_tensor(value, kept, most)
     if levels == 0:
         return None
-    if of_kind(value, set):
+    if of_kind(value, set, frozenset):
         words = (_text(entry, kept, 0, most) for entry in value) if len(value) < 1_000 else ()
         return "".join(sorted(filter(None, words))) or None
     if (entries := entries_of(value, most)) is None:
