@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning import CheckpointGuard
+from enstack_lightning.checkpoint import Finding, Severity, verify_checkpoint
 from enstack_lightning.data.loaders import TrainingSampler
-from enstack_lightning.guard.restart.exactness import of_device
+from enstack_lightning.guard.restart.exactness import lost_guarantees, of_device
 
 
 class OtherBatches(TinyModule):
@@ -112,6 +114,25 @@ def restored() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+CHANGES = ("CK903", "CK904", "CK905", "CK909", "CK910", "CK911", "CK912", "CK913", "CK915", "CK916", "CK917")
+
+
+def test_each_change_that_a_rule_finds_is_a_guarantee_lost(trained: Path, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(TinyModule())
+    report = verify_checkpoint(trained / "step=7.ckpt")
+
+    def lost(code: str, severity: Severity) -> list[str]:
+        found = dataclasses.replace(report, findings=(Finding(code, "drift", severity, "changed"),))
+        return lost_guarantees(found, None, trainer)
+
+    unchanged = lost("CK903", Severity.PASS)
+    for code in CHANGES:
+        assert lost(code, Severity.PASS) == unchanged, code
+        for severity in (Severity.INFO, Severity.WARNING, Severity.ERROR):
+            assert len(lost(code, severity)) == len(unchanged) + 1, code
 
 
 @pytest.mark.usefixtures("restored")
