@@ -12,7 +12,8 @@ import sys
 import time
 import zlib
 from collections import ChainMap, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ _MOST_PASSED = 2**17
 _WORD = re.compile(r"[\w -]+")
 _LONGEST_WORD, _DIGITS_OF_A_RUN = 100, 4
 _LARGEST_INTEGER = 2**64
+Kept = Callable[[], Collection[int]]
+"""Gives the ids of tensors that are not compared."""
 _LONG_AGO = time.time() - 86_400
 """A day before the process: a narrow span, in which hardly a number falls that is no time."""
 
@@ -59,17 +62,20 @@ def plain(number: Any) -> Any:
     return int.__int__(number) if isinstance(number, int) else float.__float__(number)
 
 
-def tensors_of(module: torch.nn.Module) -> set[int]:
-    """The ids of the tensors that are in a module's state_dict, or are compared as its buffers."""
-    return {id(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors}
+def tensors_of(module: torch.nn.Module) -> Kept:
+    """The ids of the tensors that are in a module's state_dict, or are compared as its buffers.
+
+    A large module takes long, and most hold no other tensor: it is gone through when the first one is met.
+    """
+    return cache(lambda: {id(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors})
 
 
-def taken_down(values: Mapping[str, Any], kept: Collection[int] = ()) -> dict[str, dict[str, Any]]:
+def taken_down(values: Mapping[str, Any], kept: Kept = frozenset) -> dict[str, dict[str, Any]]:
     """Attributes by name as plain values that a checkpoint can hold.
 
     Args:
         values: the attributes.
-        kept: the ids of tensors that are not compared, as `tensors_of` has them.
+        kept: as `tensors_of` gives it.
 
     Returns:
         `numbers`; `lengths` of lists and the like; `contents`, checksums of what is known of all others.
@@ -85,7 +91,7 @@ def taken_down(values: Mapping[str, Any], kept: Collection[int] = ()) -> dict[st
     return {"numbers": numbers, "lengths": lengths, "contents": contents}
 
 
-def checksum(value: Any, kept: Collection[int] = ()) -> int | None:
+def checksum(value: Any, kept: Kept = frozenset) -> int | None:
     """Of what is compared of a value; None where nothing is. For `kept` see `taken_down`."""
     try:
         text = _text(value, kept, _LEVELS, _MOST_ENTRIES)
@@ -95,7 +101,7 @@ def checksum(value: Any, kept: Collection[int] = ()) -> int | None:
 
 
 def differences(
-    then: Mapping[str, Any], values: Mapping[str, Any], owner: str, kept: Collection[int] = ()
+    then: Mapping[str, Any], values: Mapping[str, Any], owner: str, kept: Kept = frozenset
 ) -> Iterator[tuple[str, str]]:
     """The attributes that are not what they were, and how, in words.
 
@@ -178,7 +184,7 @@ def _length(value: Any) -> int:
     return int(kind.__len__(value))
 
 
-def _text(value: Any, kept: Collection[int], levels: int, most: int) -> str | None:
+def _text(value: Any, kept: Kept, levels: int, most: int) -> str | None:
     """What is compared of a value; None where nothing of it is, as of a path or of a tensor that a step has made."""
     if of_kind(value, bool, int, float):
         return None if _is_time(value) else repr(plain(value))
@@ -245,10 +251,10 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", getattr(part, name)
 
 
-def _text_of_tensor(tensor: Tensor, kept: Collection[int], most: int) -> str | None:
+def _text_of_tensor(tensor: Tensor, kept: Kept, most: int) -> str | None:
     """A tensor with a graph is what a step has made, and no step after it could go on with it."""
     is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    if id(tensor) in kept or not is_plain or tensor.grad_fn is not None:
+    if not is_plain or tensor.grad_fn is not None or id(tensor) in kept():
         return None
     tensor, step = tensor.detach(), _step(tensor.numel(), most * _ELEMENTS)
     if tensor.is_contiguous():
