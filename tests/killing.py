@@ -1,4 +1,4 @@
-"""Child processes of the test process, which has imported everything, and their deaths by SIGKILL.
+"""Child processes of the test process, which has imported everything, and their deaths by SIGKILL; commands at Ctrl-C.
 
 `run_child` runs work in a forked child, collects what the child tells, and kills it at a moment: so long after its
 start, or so long after it told something. Work is any function, a Trainer's `fit` or the whole command line alike.
@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -56,6 +57,27 @@ class Ended:
     def numbers(self, what: str) -> list[int]:
         """The numbers in the lines that say `what NUMBER`."""
         return [int(line.split()[1]) for line in self.said if line.startswith(f"{what} ")]
+
+
+def interrupted(
+    command: list[str], once: Callable[[int], bool], timeout: float, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """How a command ends that gets Ctrl-C once something holds of its process, whose id is asked with.
+
+    Raises:
+        AssertionError: it ended before.
+        TimeoutExpired: it has not ended `timeout` seconds after.
+    """
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not once(process.pid):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, said)
 
 
 def run_child(work: Work, kill: Kill | None = None, log: Path | None = None, limit_seconds: float = 120.0) -> Ended:

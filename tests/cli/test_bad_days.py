@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from killing import interrupted
 
 ENSTACK = (sys.executable, "-m", "enstack_lightning")
 
@@ -167,14 +166,8 @@ def test_an_interrupt_ends_a_verification_with_130(place: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + count)
     command = [*ENSTACK, "verify", "--deep", "holes.safetensors"]
-    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        while bytes_read(process.pid) < 64 << 20:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, said = process.communicate(timeout=30)
+        done = interrupted(command, lambda pid: bytes_read(pid) >= 64 << 20, timeout=30, cwd=place)
     finally:
-        process.kill()
         (place / "holes.safetensors").unlink()
-    assert (process.returncode, out, said) == (130, "", "enstack verify: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "enstack verify: interrupted\n")

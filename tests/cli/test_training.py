@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from builders import flip_bit, truncate
+from killing import interrupted
 
 from enstack_lightning.checkpoint import Verdict, find_last_good, verify_checkpoint
 from enstack_lightning.cli.main import main
@@ -119,17 +120,9 @@ def test_train_be_killed_verify_resume_and_end_as_if_nothing_had_happened(option
 
 def test_an_interrupt_ends_a_training_with_130(options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "enstack_lightning", "fit", *options, "--trainer.max_epochs=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while not (checkpoints(tmp_path) / "last_checkpoint.ckpt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, said.splitlines()[-1]) == (130, "enstack fit: interrupted")
-    assert "Traceback" not in said
+    done = interrupted(command, lambda _: (checkpoints(tmp_path) / "last_checkpoint.ckpt").exists(), timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "enstack fit: interrupted")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")

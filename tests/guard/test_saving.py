@@ -383,17 +383,21 @@ def test_a_folder_is_on_the_disk_before_it_stands_and_the_one_before_goes_last(
     assert done.index(f"unlink {tmp_path}/c.previous/all.pt") > stands + 1
 
 
-def test_a_disk_that_does_not_confirm_the_name_is_said(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def synchronise_no_folders(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     fsync = os.fsync
 
     def of_files_only(fd: int) -> None:
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(number, os.strerror(number))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", of_files_only)
+
+
+def test_a_disk_that_does_not_confirm_the_name_is_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synchronise_no_folders(monkeypatch, errno.EIO)
     saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
     with pytest.raises(CheckpointSaveError, match="is saved, but the disk does not confirm its name") as raised:
         saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "c.ckpt")
@@ -437,14 +441,7 @@ def test_storage_options_are_refused_as_without_the_guard(trained: Path, tmp_pat
 def test_a_file_system_that_synchronises_no_folders_is_saved_to(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync = os.fsync
-
-    def of_files_only(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", of_files_only)
+    synchronise_no_folders(monkeypatch, errno.EINVAL)
     saves = GuardedCheckpointIO(TorchCheckpointIO(), lambda path: None)
     saves.save_checkpoint(torch.load(trained / "step=1.ckpt"), tmp_path / "new" / "c.ckpt")
     assert names(tmp_path / "new") == with_manifests("c.ckpt")

@@ -88,7 +88,7 @@ def _holders(trainer: Trainer) -> Iterator[tuple[Any, _Counts]]:
         yield callback, _may_steer
     module = getattr(trainer, "datamodule", None)
     if module is not None and is_users(type(module)) and not _saves(module):
-        theirs = _names_of_lightning(lightning_base(module, "LightningDataModule"))
+        theirs = names_of_lightning(lightning_base(module, "LightningDataModule"))
         yield module, lambda name, value: name not in theirs and not _is_data(name, value)
     for optimizer in trainer.optimizers:
         if is_users(type(optimizer)):
@@ -124,7 +124,8 @@ def _saves(thing: Any) -> bool:
 
 
 @cache
-def _names_of_lightning(base: Any) -> frozenset[str]:
+def names_of_lightning(base: Any) -> frozenset[str]:
+    """The attributes that Lightning gives a module or data module."""
     return frozenset((*vars(base()), "trainer"))
 
 

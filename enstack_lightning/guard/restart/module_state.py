@@ -16,7 +16,7 @@ import torch
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
 from enstack_lightning.guard.restart.held_values import checksum, differences, few, is_users, taken_down, tensors_of
-from enstack_lightning.guard.restart.lost_by_others import users_callbacks
+from enstack_lightning.guard.restart.lost_by_others import names_of_lightning, users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
 
 if TYPE_CHECKING:
@@ -95,17 +95,12 @@ def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
 
 def _held_by(module: LightningModule) -> dict[str, Any]:
     """What the module's own code has set, and what layers of the user's classes hold, by name."""
-    theirs = _names_of_lightning(lightning_base(module, "LightningModule"))
+    theirs = names_of_lightning(lightning_base(module, "LightningModule"))
     held = {n: value for n, value in vars(module).items() if n not in theirs and not f"{n}".startswith("_hparams")}
     for path, layer in module.named_modules():
         if path and is_users(type(layer)) and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
             held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
     return held
-
-
-@cache
-def _names_of_lightning(base: Any) -> frozenset[str]:
-    return frozenset(vars(base()))
 
 
 @cache
