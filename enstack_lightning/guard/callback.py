@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -22,12 +22,12 @@ from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
+from enstack_lightning.guard.layers import Layers, layers_of, parameters_of
 from enstack_lightning.guard.live import (
     Configured,
     configured,
     learning_rates,
     loaded_as_judged,
-    named_parameters,
     run_entries,
     run_of,
     settings_before_restoring,
@@ -305,7 +305,8 @@ class CheckpointGuard(Callback):
             self._restart.count_batches_of_another_size()
         if self._loaded is not None and self._is_position_lost(trainer):
             self._loaded = dataclasses.replace(self._loaded, loader_position=False)
-        named = named_parameters(trainer)
+        layers = layers_of(pl_module)
+        named = parameters_of(layers)
         self._run = run_of(trainer, self._given, named)
         self._health.start(trainer, self._checkpoint_io)
         self._stop_watching_steps = watch_steps(trainer)
@@ -327,7 +328,7 @@ class CheckpointGuard(Callback):
             # What hooks that come after this one set is compared with what was held at the save.
             self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
         else:
-            self._say_what_is_resumed(trainer, self.report, *rates, named)
+            self._say_what_is_resumed(trainer, self.report, *rates, layers)
         self._stop_if_refused(self.report)
         if not by_all:  # what one rank alone refuses ends all: the others would wait for it
             raise CheckpointGuardError(f"another rank refused to resume from {path}; its own error says why")
@@ -341,10 +342,11 @@ class CheckpointGuard(Callback):
         report: Report,
         before: tuple[float, ...],
         after: tuple[float, ...],
-        named: Mapping[str, Tensor] | None = None,
+        layers: Layers | None = None,
     ) -> None:
+        layers = layers_of(trainer.lightning_module) if layers is None else layers
         with self._restart.explained() if self._restart is not None else nullcontext():
-            lost = lost_guarantees(report, self._restart, trainer, named)
+            lost = lost_guarantees(report, self._restart, trainer, layers)
         for line in resume_lines(report, before, after, lost):
             rank_zero_info(line)
 

@@ -23,6 +23,7 @@ from enstack_lightning.checkpoint.readers.lightning import (
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
+from enstack_lightning.guard.layers import layers_of, parameters_of
 from enstack_lightning.guard.restart.stock_callbacks import epochs_to_train
 from enstack_lightning.guard.training_data import TrainingData, training_data
 
@@ -94,8 +95,8 @@ def _same_content(judged: Facts, loaded: Facts) -> bool:
 
 
 def named_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The module's parameters by name; gone through once for all who need them, as a large module takes long."""
-    return dict(trainer.lightning_module.named_parameters())
+    """The module's parameters by name."""
+    return parameters_of(layers_of(trainer.lightning_module))
 
 
 def trainer_facts(

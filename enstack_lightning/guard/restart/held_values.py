@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enstack_lightning.guard.layers import Layers
+
 _NOT_THE_USERS = sys.stdlib_module_names | {
     *("torch", "torchdata", "torchmetrics", "torchvision", "numpy", "transformers", "tokenizers", "datasets", "peft"),
     *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "enstack_lightning"),
@@ -62,12 +64,19 @@ def plain(number: Any) -> Any:
     return int.__int__(number) if isinstance(number, int) else float.__float__(number)
 
 
-def tensors_of(module: torch.nn.Module) -> Kept:
-    """The ids of the tensors that are in a module's state_dict, or are compared as its buffers.
+def tensors_of(layers: Layers) -> Kept:
+    """The ids of the tensors that are in the layers' state_dict, or are compared as their buffers.
 
-    A large module takes long, and most hold no other tensor: it is gone through when the first one is met.
+    Most modules hold no other tensor: they are gone through when the first one is met.
     """
-    return cache(lambda: {id(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors})
+    return cache(
+        lambda: {
+            id(tensor)
+            for _, layer in layers
+            for tensors in (layer._parameters, layer._buffers)
+            for tensor in tensors.values()
+        }
+    )
 
 
 def taken_down(values: Mapping[str, Any], kept: Kept = frozenset) -> dict[str, dict[str, Any]]:

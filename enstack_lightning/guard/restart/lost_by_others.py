@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from enstack_lightning.guard.flavor import lightning_base
+from enstack_lightning.guard.layers import Layers
 from enstack_lightning.guard.restart.held_values import (
     attributes,
     differences,
@@ -46,21 +47,22 @@ def other_settings(trainer: Trainer, saved: dict[str, str] | None) -> list[str]:
     return [f"{name} was {was} and is {now[name]}" for name, was in (saved or {}).items() if now.get(name, was) != was]
 
 
-def capture_others(trainer: Trainer) -> dict[str, Any]:
+def capture_others(trainer: Trainer, layers: Layers) -> dict[str, Any]:
     """What each holds, as `taken_down` has it, by its class's name."""
     others = ((name, vars(owner).items(), counts) for name, owner, counts in _others(trainer))
-    kept = tensors_of(trainer.lightning_module)
+    kept = tensors_of(layers)
     return {name: taken_down({n: v for n, v in held if counts(n, v)}, kept) for name, held, counts in others}
 
 
-def lost_by_others(trainer: Trainer, saved: dict[str, Any] | None) -> list[str]:
+def lost_by_others(trainer: Trainer, layers: Layers, saved: dict[str, Any] | None) -> list[str]:
     """Why a resumed run need not equal the other one, in short sentences.
 
     Args:
         trainer: the Trainer, with everything restored.
+        layers: of its module.
         saved: what `capture_others` returned; None where nothing is known.
     """
-    lost, kept = [], tensors_of(trainer.lightning_module)
+    lost, kept = [], tensors_of(layers)
     for name, owner, _ in _others(trainer):
         then = (saved or {}).get(name, {})
         if said := [phrase for _, phrase in differences(then, attributes(owner), name, kept)]:

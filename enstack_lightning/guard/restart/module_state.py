@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
+from enstack_lightning.guard.layers import Layers
 from enstack_lightning.guard.restart.held_values import checksum, differences, few, is_users, taken_down, tensors_of
 from enstack_lightning.guard.restart.lost_by_others import names_of_lightning, users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 _OURS = ("lightning.", "pytorch_lightning.", "enstack_lightning.")
 
 
-def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
+def capture_module_state(trainer: Trainer, layers: Layers, point: str) -> dict[str, Any]:
     """What the module holds at a save, as names, numbers and checksums.
 
     Args:
         trainer: the Trainer whose checkpoint is made.
+        layers: of its module.
         point: the moment of the save.
 
     Returns:
@@ -40,20 +42,19 @@ def capture_module_state(trainer: Trainer, point: str) -> dict[str, Any]:
     module = trainer.lightning_module
     known = point != "elsewhere"
     return {
-        "evaluating": _evaluating(trainer, point) if known else None,
+        "evaluating": _evaluating(trainer, layers, point) if known else None,
         "hook": _hook_to_come(module) if known and point != "epoch_start" else None,
-        **taken_down(_held_by(module), tensors_of(module)),
-        "buffers": dict(_buffers(module)),
+        **taken_down(_held_by(module, layers), tensors_of(layers)),
+        "buffers": dict(_buffers(layers)),
     }
 
 
 # Layers in training or evaluation
 
 
-def _evaluating(trainer: Trainer, point: str) -> list[str]:
+def _evaluating(trainer: Trainer, layers: Layers, point: str) -> list[str]:
     """Validation puts all layers into evaluation, and keeps what it goes back to."""
     modes: dict[str, bool] = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if point == "validation_end" else {}
-    layers = trainer.lightning_module.named_modules()
     return [name for name, layer in layers if not modes.get(name, layer.training)]
 
 
@@ -93,12 +94,13 @@ def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
 # Attributes
 
 
-def _held_by(module: LightningModule) -> dict[str, Any]:
+def _held_by(module: LightningModule, layers: Layers) -> dict[str, Any]:
     """What the module's own code has set, and what layers of the user's classes hold, by name."""
     theirs = names_of_lightning(lightning_base(module, "LightningModule"))
     held = {n: value for n, value in vars(module).items() if n not in theirs and not f"{n}".startswith("_hparams")}
-    for path, layer in module.named_modules():
-        if path and is_users(type(layer)) and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
+    users = set(filter(is_users, {type(layer) for _, layer in layers}))
+    for path, layer in layers:
+        if path and type(layer) in users and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
             held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
     return held
 
@@ -108,24 +110,24 @@ def _names_of_layers() -> frozenset[str]:
     return frozenset(vars(torch.nn.Module()))
 
 
-def _buffers(module: LightningModule) -> Iterator[tuple[str, int]]:
+def _buffers(layers: Layers) -> Iterator[tuple[str, int]]:
     """Checksums of those that no state_dict has."""
-    for prefix, layer in module.named_modules():
+    for prefix, layer in layers:
         for name in layer._non_persistent_buffers_set:
             if (found := checksum(layer._buffers.get(name))) is not None:
                 yield f"{prefix}.{name}" if prefix else f"{name}", found
 
 
-def attributes_lost(trainer: Trainer, saved: Mapping[str, Any]) -> str | None:
+def attributes_lost(trainer: Trainer, layers: Layers, saved: Mapping[str, Any]) -> str | None:
     """How the module's attributes differ from those that it had at the save; None where they do not."""
     module, searched = trainer.lightning_module, found_by_searches(trainer)
-    found = [said for name, said in _differences(module, saved) if name not in searched]
+    found = [said for name, said in _differences(module, layers, saved) if name not in searched]
     return f"{few(found)}, which no checkpoint keeps" if found else None
 
 
-def _differences(module: LightningModule, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from differences(saved, _held_by(module), "self", tensors_of(module))
-    now = dict(_buffers(module))
+def _differences(module: LightningModule, layers: Layers, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from differences(saved, _held_by(module, layers), "self", tensors_of(layers))
+    now = dict(_buffers(layers))
     for name, was in saved.get("buffers", {}).items():
         if now.get(name, was) != was:
             yield name, f"the buffer {name} held other values"
@@ -154,11 +156,12 @@ def _hook_to_come(module: LightningModule) -> str | None:
     return None
 
 
-def lost_by_module(trainer: Trainer, saved: Mapping[str, Any] | None) -> list[str]:
+def lost_by_module(trainer: Trainer, layers: Layers, saved: Mapping[str, Any] | None) -> list[str]:
     """Why the module need not go on as it stood at the save, in short sentences.
 
     Args:
         trainer: the Trainer, with everything restored.
+        layers: of its module.
         saved: what `capture_module_state` returned; None or empty where nothing is known.
     """
     if not saved:
@@ -169,7 +172,7 @@ def lost_by_module(trainer: Trainer, saved: Mapping[str, Any] | None) -> list[st
         lost.append(f"{type(module).__name__}.{hook} was to come after the save, and is not called for it")
     if trainer.fit_loop.restarted_mid_epoch:
         lost += [f"{name}.on_train_epoch_start is not called again inside an epoch" for name in _epoch_starts(trainer)]
-    if attributes := attributes_lost(trainer, saved):
+    if attributes := attributes_lost(trainer, layers, saved):
         lost.append(attributes)
     return lost
 

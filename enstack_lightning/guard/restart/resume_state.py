@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from enstack_lightning.guard.flavor import FITTING, is_a
+from enstack_lightning.guard.layers import layers_of
 from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
@@ -70,6 +71,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         mine["statistics"] = running_statistics(trainer)
         # DDP sends rank 0's statistics to all before a forward pass, and not after one inside an accumulation window.
         mine["sync_before_forward"] = getattr(trainer.model, "require_forward_param_sync", None)
+    layers = layers_of(trainer.lightning_module)
     stops_early = bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks))
     state["resume"] = {
         "point": point,
@@ -78,8 +80,8 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "validation_workers": list(map(_has_lasting_workers, loaders_of(trainer.fit_loop.epoch_loop.val_loop))),
         "frozen": capture_frozen(trainer),
         "reloads": capture_reloads(trainer),
-        "module": capture_module_state(trainer, point),
-        "others": capture_others(trainer),
+        "module": capture_module_state(trainer, layers, point),
+        "others": capture_others(trainer, layers),
         "settings": capture_settings(trainer),
         "ranks": _of_all_ranks(trainer, mine),
     }
