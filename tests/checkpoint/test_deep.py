@@ -28,7 +28,7 @@ INF, NAN = math.inf, math.nan
 def deep_facts(path: Path, moments: dict[str, str] | None = None) -> Facts:
     """What reading every byte of a torch file that holds a dict of weights gives."""
     with read_archive(locate(path), path.name, deep=DeepRead()) as archive:
-        archive.scan(named_weights(archive.value), {})
+        archive.scan(lambda: named_weights(archive.value))
         return archive.complete(Facts(str(path)))
 
 
@@ -346,7 +346,7 @@ def test_a_part_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
     (tmp_path / "whole").write_bytes(b"before" + inner + b"behind")
     with LocalSource(tmp_path / "whole") as source, TorchArchive("whole:w", DeepRead(), "weights_only") as archive:
         archive.read(source.part(6, len(inner)))
-        archive.scan(named_weights(archive.value), {})
+        archive.scan(lambda: named_weights(archive.value))
         facts = archive.complete(Facts("whole"))
     assert facts.defects == ()
     assert facts.values == (ValueFacts("w", "weight", "whole:w:data/0", 1, (1,), "nan"),)

@@ -45,7 +45,7 @@ def read_enstack_folder(location: Location, deep: DeepRead | None = None) -> Fac
         state = archive.value
         if isinstance(state, Mapping):
             facts = _add_state(facts, state, archive.read_scalar)
-            archive.scan({}, named_moments(state.get("optimizer_state_dict")))
+            archive.scan(moments=lambda: named_moments(state.get("optimizer_state_dict")))
         elif state is not None or not archive.defects:
             message = f"it holds a {type(state).__name__} where a dict is needed"
             archive.defects.append(Defect(DefectKind.UNRECOGNISED, STATE_FILE, message))

@@ -255,7 +255,7 @@ def _add_optimizer(
     if name is None:
         return _with_missing(facts, names, OPTIMIZER_FILE), None
     with read_archive(folder.child(name), name, folder, deep) as archive:
-        archive.scan({}, named_moments(archive.value))
+        archive.scan(moments=lambda: named_moments(archive.value))
         value = archive.value
         if isinstance(value, Mapping):
             optimizers = (*(facts.optimizers or ()), optimizer_of(value, archive.read_scalar))
@@ -280,7 +280,7 @@ def _add_torch(
     facts: Facts, folder: Location, name: str, deep: DeepRead | None, loader: Loader = "weights_only"
 ) -> tuple[Facts, Any]:
     with read_archive(folder.child(name), name, folder, deep, loader) as archive:
-        archive.scan({}, {})
+        archive.scan()
         return archive.complete(facts), archive.value
 
 

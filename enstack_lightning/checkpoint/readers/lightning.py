@@ -59,8 +59,9 @@ def is_lightning(value: object) -> bool:
 
 def read_lightning(archive: TorchArchive, path: str) -> Facts:
     """Facts of a Lightning checkpoint that is open in `archive`; what cannot be believed becomes a defect."""
-    facts = lightning_facts(archive.value, path, archive.read_scalar)
-    archive.scan(_named_weights(archive.value), named_moments(archive.value.get("optimizer_states")))
+    checkpoint = archive.value
+    facts = lightning_facts(checkpoint, path, archive.read_scalar)
+    archive.scan(lambda: _named_weights(checkpoint), lambda: named_moments(checkpoint.get("optimizer_states")))
     return facts
 
 

@@ -45,7 +45,7 @@ def read_plain_torch(archive: TorchArchive, path: str) -> Facts:
         return Facts(path)
     facts = plain_facts(value, path, archive.read_scalar)
     optimizers = _optimizers_in(value)
-    archive.scan(weights_in(value), named_moments([state for _, state in optimizers]))
+    archive.scan(lambda: weights_in(value), lambda: named_moments([state for _, state in optimizers]))
     if facts.tensors or facts.optimizers or facts.format is Format.UNKNOWN:
         return facts
     held = getattr(value, "function", None)

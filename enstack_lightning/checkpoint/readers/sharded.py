@@ -322,7 +322,7 @@ def _facts(
             folder.add(DefectKind.MISSING, LIGHTNING_FILE, message)
         return _plain_facts(path, tree, state, read_scalar)
     with read_archive(folder.location.child(LIGHTNING_FILE), LIGHTNING_FILE, folder.location, deep) as archive:
-        archive.scan({}, {})
+        archive.scan()
         rest = archive.value if isinstance(archive.value, Mapping) else {}
         if archive.value is not None and not isinstance(archive.value, Mapping):
             message = f"it holds a {type(archive.value).__name__} where a dict is needed"

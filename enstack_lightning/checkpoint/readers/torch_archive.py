@@ -6,12 +6,12 @@ It hides whether the file is a zip archive or in the format of torch before 1.6.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
 
-from enstack_lightning.checkpoint.deep import DeepRead, Named, Span, read_deeply
+from enstack_lightning.checkpoint.deep import DeepRead, Named, Role, Span, read_deeply
 from enstack_lightning.checkpoint.facts import (
     Defect,
     DefectKind,
@@ -30,6 +30,8 @@ from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 from enstack_lightning.checkpoint.torch_file import TorchFile
 
 MAX_DEFECTS = 20
+Tensors = Callable[[], Mapping[str, TensorDescriptor]]
+"""Gives tensors by name: to name them all takes as long as some rules do, and only few readings need it."""
 
 
 class TorchContainer(Protocol):
@@ -72,7 +74,7 @@ class TorchArchive:
         self._open = ExitStack()
         self._source: Source | None = None
         self._file: TorchContainer | None = None
-        self._scanned = False
+        self._scanned = self._lacks_values = False
         self._noted: set[Defect] = set()
 
     def __enter__(self) -> TorchArchive:
@@ -111,6 +113,7 @@ class TorchArchive:
             self.globals = self._globals_of(content.globals)
             self._note_opcodes(content.refused_opcodes)
             self._check_storages(content.tensors)
+            self._lacks_values = any(map(_lacks_values, content.tensors))
         except ContainerDefectError as e:
             self.globals = self._globals_of(globals_seen(e))
             self._note(e)
@@ -129,20 +132,22 @@ class TorchArchive:
             self.defects.append(Defect.unreadable(self.name, e))
         return None
 
-    def scan(self, weights: Mapping[str, TensorDescriptor], moments: Mapping[str, TensorDescriptor]) -> None:
+    def scan(self, weights: Tensors = dict, moments: Tensors = dict) -> None:
         """Reads every byte, if that was asked for: each record against its checksum, these tensors for their values.
 
         Without `deep` it only counts the bytes that were not read.
         """
         self._scanned = True
-        self._check_values(weights, "weights")
-        self._check_values(moments, "tensors of optimizers")
+        named: list[Named] = []
+        if self._deep is not None or self._lacks_values:
+            named += [Named(name, "weight", tensor) for name, tensor in weights().items()]
+            named += [Named(name, "optimizer", tensor) for name, tensor in moments().items()]
+            self._check_values(named, "weight", "weights")
+            self._check_values(named, "optimizer", "tensors of optimizers")
         if self._file is None or self._source is None:
             return
         not_read = self._file.not_read if isinstance(self._file, TorchFile) else 0
         if self._deep is not None:
-            named = [Named(name, "weight", tensor) for name, tensor in weights.items()]
-            named += [Named(name, "optimizer", tensor) for name, tensor in moments.items()]
             spans = [
                 Span(f"{self.name}:{s.where}", s.offset, s.size, s.crc32, s.tensors, s.byteorder)
                 for s in self._file.spans(named)
@@ -156,7 +161,7 @@ class TorchArchive:
     def complete(self, facts: Facts) -> Facts:
         """The facts with this file, its defects, oddities, globals and values added."""
         if not self._scanned:
-            self.scan({}, {})
+            self.scan()
         if self._file is not None:
             self._add(defect_of(e, self.name) for e in self._file.defects)
             self.oddities += [
@@ -183,8 +188,8 @@ class TorchArchive:
             except ContainerDefectError as e:
                 self._note(e)
 
-    def _check_values(self, tensors: Mapping[str, TensorDescriptor], what: str) -> None:
-        empty = [name for name, t in tensors.items() if t.storage is None and not t.parts]
+    def _check_values(self, tensors: Iterable[Named], of: Role, what: str) -> None:
+        empty = [name for name, role, tensor in tensors if role == of and _lacks_values(tensor)]
         if empty:
             message = f"{len(empty):,} of its {what} have no values in it, as on the meta device: {empty[0]:.80}"
             self._add([Defect(DefectKind.DAMAGED, f"{self.name}:data.pkl", message)])
@@ -235,6 +240,10 @@ def defect_of(error: ContainerDefectError, name: str) -> Defect:
     """The defect that a container's error describes."""
     where = f"{name}:{error.record}" if error.record else name
     return Defect(DefectKind(error.kind), where, str(error))
+
+
+def _lacks_values(tensor: TensorDescriptor) -> bool:
+    return tensor.storage is None and not tensor.parts
 
 
 def _container(source: Source) -> TorchContainer:

@@ -205,7 +205,7 @@ def _read_safetensors(weights: _Weights, folder: Location, name: str, deep: Deep
 
 def _read_torch(weights: _Weights, folder: Location, name: str, deep: DeepRead | None) -> list[TensorFacts]:
     with read_archive(folder.child(name), name, folder, deep) as archive:
-        archive.scan(named_weights(archive.value), {})
+        archive.scan(lambda: named_weights(archive.value))
         read = archive.complete(Facts(str(folder)))
         value = archive.value
     weights.files += read.files
