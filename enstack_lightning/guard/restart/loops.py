@@ -164,7 +164,13 @@ class ExactRestart:
                 tracker.completed = tracker.processed
         elif self.point in _EPOCH_DONE:
             _set_restarting(loop, False)
+        begun = batch.total.started
+        if self.point in _IN_EPOCH:
+            batch.total.started = (
+                batch.total.ready
+            )  # as if no batch had been None, for Lightning to see where it stands
         loop.reset()
+        batch.total.started = begun
         if self.point in _EPOCH_DONE:
             loop._resuming_from_checkpoint = False  # so that the epoch's iterator is made when it always is
         elif spent:
@@ -362,7 +368,7 @@ def _begin_epoch_that_was_prepared(loops: dict[str, Any]) -> None:
     """Takes back that an epoch was prepared in which no batch was begun: Lightning takes that for the one before."""
     trackers = [loops.get("epoch_progress", {}).get(part) or {} for part in ("total", "current")]
     counts = [[t.get(name) for name in ("ready", "started", "processed", "completed")] for t in trackers]
-    if all(isinstance(ready, int) and [*rest] == [ready - 1] * 3 and ready > 1 for ready, *rest in counts):
+    if all(isinstance(ready, int) and [*rest] == [ready - 1] * 3 for ready, *rest in counts):
         for tracker in trackers:
             tracker["ready"] -= 1
 

@@ -174,15 +174,14 @@ def forget_order(loader: Any) -> None:
         vars(loader)["batch_sampler"] = order.batch_sampler
 
 
-def capture_order(trainer: Trainer, inside_a_step: bool) -> dict[str, Any] | None:
+def capture_order(trainer: Trainer) -> dict[str, Any] | None:
     """Where this process's only plain training loader stands inside its epoch; None where that is not known.
 
-    Args:
-        inside_a_step: whether the checkpoint is made in a step that is not done, whose batch is trained again.
+    A batch whose step is not done is trained again; one of which only the last hooks are left is not.
     """
     order, loop = _only_order(trainer), trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
-    done = progress.current.completed if inside_a_step else progress.current.processed
+    done = progress.current.processed
     if order is None or not 0 < done < loop.max_batches or progress.is_last_batch:
         return None
     position = order.position(done)

@@ -36,7 +36,7 @@ Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "betw
 
 batch_end: in `on_train_batch_end`, before the validation that may follow. validation_end: in `on_validation_end`.
 after_batch: between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch.
-between_epochs: after it. epoch_start: in `on_train_epoch_start` of an epoch but the first. elsewhere: anything else,
+between_epochs: after it. epoch_start: in `on_train_epoch_start`. elsewhere: anything else,
 such as the middle of a step that raised an exception.
 """
 
@@ -60,7 +60,7 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "epoch": capture_epoch_state(trainer),
         "generators": capture_generators(trainer),
         "gradients": {},
-        "order": capture_order(trainer, inside_a_step=point == "elsewhere"),
+        "order": capture_order(trainer),
         "fetched": capture_fetched(trainer),
         "counts": capture_counts(trainer),
     }
@@ -103,24 +103,23 @@ def point_of(trainer: Trainer) -> Point:
     hook = trainer.lightning_module._current_fx_name
     loop: Any = trainer.fit_loop
     batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
-    step = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current
     in_epoch = epoch.ready == epoch.started == epoch.processed + 1
-    batch_whole = batch.ready == batch.started == batch.processed > 0 and step.ready == step.completed
+    batch_whole = batch.ready == batch.processed > 0  # a batch of None is never started
     if in_epoch and batch_whole:
-        if hook == "on_train_batch_end" and batch.completed == batch.processed - 1:
+        if hook == "on_train_batch_end":
             return "batch_end"
         if batch.completed == batch.processed:
             if hook == "on_validation_end" and not trainer.sanity_checking:
                 return "validation_end"
-            # The exception that ends a run on a signal is raised when all that follows a batch is done.
-            if hook == "on_exception" and getattr(trainer, "received_sigterm", False):
+            # A signal's exception is raised in a validation, or when all that follows a batch is done.
+            if hook == "on_exception" and getattr(trainer, "received_sigterm", False) and trainer.training:
                 return "after_batch"
     elif epoch.ready == epoch.started == epoch.processed and loop.epoch_loop._num_ready_batches_reached():
-        if hook == "on_train_epoch_end" and epoch.completed == epoch.processed - 1:
+        if hook == "on_train_epoch_end":
             return "epoch_end"
         if epoch.completed == epoch.processed:
             return "between_epochs"
-    elif epoch.ready - 1 == epoch.started == epoch.processed == epoch.completed > 0:
+    elif epoch.ready - 1 == epoch.started == epoch.processed == epoch.completed:
         return "epoch_start"
     return "elsewhere"
 
