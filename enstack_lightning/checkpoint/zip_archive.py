@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import sub
 from typing import NamedTuple
 
@@ -58,11 +58,11 @@ _KEPT_PAYLOAD = 64
 _RUN_BYTES = 64 * 2**10
 """Of headers and small payloads that are read at a time."""
 
-_TORCH_CENTRAL = struct.Struct("<4xH6x3IH12xI")
-"""What follows the signature of a directory's entry: flags, CRC-32, both sizes, length of the name, header's offset."""
+_TORCH_CENTRAL = struct.Struct("<4xH6x3I2H10xI")
+"""What follows the signature of a directory's entry: flags, CRC-32, sizes, lengths of name and extra field, offset."""
 
-_ZERO_BYTES = (*range(4), *range(6, 12), *range(26, 38))
-"""Of the same what torch leaves 0: versions, method and time; extra field and comment, disk and attributes."""
+_ZERO_BYTES = (*range(4), *range(6, 12), *range(28, 38))
+"""Of the same what torch leaves 0: versions, method and time; comment, disk and attributes."""
 
 
 class Record(NamedTuple):
@@ -98,6 +98,8 @@ class ZipArchive:
         self.unlike_torch: Counter[str] = Counter()
         directory = _find_directory(source)
         columns = _read_directory(source, directory)
+        if columns.header_offsets[-1] >= directory.start:
+            raise _beyond(columns, directory.start)
         source.prefetch(_beside_payloads(columns, directory.start))
         self.kept: dict[str, bytes] = {}
         if source.local_fd() is not None and (layout := _as_torch_lays_out(columns, directory.start)):
@@ -201,39 +203,51 @@ class _Layout(NamedTuple):
 
 
 def _as_torch_lays_out(columns: _Columns, end: int) -> _Layout | None:
-    """What lies beside the payloads of an archive below 4 GiB, as torch writes it; None where there is no room for it.
+    """What lies beside the payloads of an archive as torch writes it; None where there is no room for it.
 
-    All of it follows from the directory: the descriptor of one record, the header of the next and its padding.
+    All of it follows from the directory: the descriptor of one record, the header of the next and its extra fields.
     """
     _, raw_names, sizes, crc32s, headers_at, flags = columns
-    if end >= _WIDE or headers_at[0] or max(sizes) >= _WIDE:
+    if headers_at[0] or max(sizes) >= end:
         return None
+    fields = [b""] * len(sizes)
+    if end >= _WIDE:
+        fields = [_zip64_field(size, 0, at) for size, at in zip(sizes, headers_at, strict=True)]
     descriptors = [
-        _DESCRIPTOR.pack(b"PK\x07\x08", crc32, size, size) if flag & _HAS_DESCRIPTOR else b""
-        for flag, crc32, size in zip(flags, crc32s, sizes, strict=True)
+        (_DESCRIPTOR64 if field else _DESCRIPTOR).pack(b"PK\x07\x08", crc32, size, size)
+        if flag & _HAS_DESCRIPTOR
+        else b""
+        for flag, crc32, size, field in zip(flags, crc32s, sizes, fields, strict=True)
     ]
     if any(size or crc32 for d, size, crc32 in zip(descriptors, sizes, crc32s, strict=True) if not d):
         return None
     borders = (*headers_at[1:], end)
     offsets = [border - len(d) - size for border, d, size in zip(borders, descriptors, sizes, strict=True)]
-    headers = list(map(_torch_header, flags, map(len, raw_names), map(sub, offsets, headers_at)))
+    lengths = map(sub, offsets, headers_at)
+    headers = list(map(_torch_header, flags, map(len, raw_names), map(len, fields), lengths))
     if not all(headers):
         return None
-    gaps = [
-        descriptor + header[0] + raw_name + header[1]
-        for descriptor, header, raw_name in zip((b"", *descriptors[:-1]), headers, raw_names, strict=True)
-        if header
-    ]
-    return _Layout([*offsets, end], [*gaps, descriptors[-1]])
+    before, behind = zip(*headers, (b"", b""), strict=True)
+    gaps = zip((b"", *descriptors), before, (*raw_names, b""), (*fields, b""), behind, strict=True)
+    return _Layout([*offsets, end], list(map(b"".join, gaps)))
 
 
 @lru_cache(4_096)
-def _torch_header(flags: int, name_length: int, length: int) -> tuple[bytes, bytes] | None:
-    """What stands before and behind the name in a header of `length` bytes; None where torch writes none such."""
-    padding = _PADDINGS.get(length - _LOCAL.size - name_length)
+def _torch_header(flags: int, name_length: int, field_length: int, length: int) -> tuple[bytes, ...]:
+    """What stands before name and zip64 field in a header of `length` bytes and behind; empty where none is torch's."""
+    padding = _PADDINGS.get(length - _LOCAL.size - name_length - field_length)
     if padding is None:
-        return None
-    return _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, len(padding)), padding
+        return ()
+    extra_length = field_length + len(padding)
+    return _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, name_length, extra_length), padding
+
+
+def _zip64_field(size: int, compressed: int, offset: int) -> bytes:
+    """The extra field that torch writes for what takes more than 32 bits; empty where nothing does."""
+    if size >= _WIDE:
+        wide = (size, compressed, offset) if offset >= _WIDE else (size, compressed)
+        return struct.pack(f"<2H{len(wide)}Q", _ZIP64_EXTRA, 8 * len(wide), *wide)
+    return struct.pack("<2HQ", _ZIP64_EXTRA, 8, offset) if offset >= _WIDE else b""
 
 
 _PADDINGS = {n + 4: _PADDING_EXTRA + n.to_bytes(2, "little") + b"Z" * n for n in range(2 * DEFAULT_ALIGNMENT)}
@@ -251,10 +265,11 @@ def _payloads_between(source: Source, columns: _Columns, layout: _Layout) -> dic
         if offset > stop:
             start, stop = next(runs)
             data = source.read_at(start, stop - start, "what lies between the records")
-        if not data.endswith(gap, 0, offset - start):
+        at = offset - start
+        if not data.endswith(gap, 0, at):
             return None
         if size <= _KEPT_PAYLOAD and offset + size <= stop:
-            kept[name] = data[offset - start : offset - start + size]
+            kept[name] = data[at : at + size]
     return kept
 
 
@@ -269,8 +284,12 @@ def _runs(offsets: Iterable[int], sizes: Iterable[int]) -> Iterator[tuple[int, i
 
 def _records(columns: _Columns, layout: _Layout) -> dict[str, Record]:
     names, _, sizes, crc32s, header_offsets, _ = columns
-    records = map(Record._make, zip(names, sizes, crc32s, header_offsets, layout.offsets[:-1], strict=True))
+    records = map(_new_record, zip(names, sizes, crc32s, header_offsets, layout.offsets[:-1], strict=True))
     return dict(zip(names, records, strict=True))
+
+
+_new_record = partial(tuple.__new__, Record)
+"""What `Record._make` does, in less time."""
 
 
 def _beside_payloads(columns: _Columns, end: int) -> Iterator[tuple[int, int]]:
@@ -327,6 +346,11 @@ def _header_offset(entry: _Entry) -> int:
 
 def _header_defect(entry: _Entry, why: str) -> ContainerDefectError:
     return ContainerDefectError("damaged", f"its header disagrees with the archive's directory: {why}", entry.name)
+
+
+def _beyond(columns: _Columns, end: int) -> ContainerDefectError:
+    message = f"it begins at byte {columns.header_offsets[-1]:,}, and the archive's directory at byte {end:,}"
+    return ContainerDefectError("damaged", message, columns.names[-1])
 
 
 def _misplaced(entry: _Entry, expected: int) -> ContainerDefectError:
@@ -428,7 +452,7 @@ def _read_directory(source: Source, directory: _Directory) -> _Columns:
 
 
 def _columns_of_torch(raw: bytes, count: int) -> _Columns | None:
-    """The entries of a directory as torch writes it in an archive below 4 GiB, all decoded at once.
+    """The entries of a directory as torch writes it, all decoded at once.
 
     None for any other: nothing is refused here, and nothing passes that `_read_entry` and `_check_names` would refuse.
     """
@@ -439,9 +463,15 @@ def _columns_of_torch(raw: bytes, count: int) -> _Columns | None:
         return None
     if any(fixed[i :: _TORCH_CENTRAL.size].count(0) != count for i in _ZERO_BYTES):
         return None
-    flags, crc32s, compressed, sizes, name_lengths, offsets = zip(*_TORCH_CENTRAL.iter_unpack(fixed), strict=True)
-    if any(f & ~_ALLOWED_FLAGS for f in set(flags)) or sizes != compressed or _WIDE in sizes or _WIDE in offsets:
+    columns = zip(*_TORCH_CENTRAL.iter_unpack(fixed), strict=True)
+    flags, crc32s, compressed, sizes, name_lengths, extra_lengths, offsets = columns
+    if any(f & ~_ALLOWED_FLAGS for f in set(flags)) or sizes != compressed:
         return None
+    if any(extra_lengths) or _WIDE in sizes or _WIDE in offsets:
+        entries = _with_zip64_fields(raw_names, name_lengths, extra_lengths, sizes, offsets)
+        if entries is None:
+            return None
+        raw_names, sizes, offsets = zip(*entries, strict=True)
     if list(offsets) != sorted(offsets):
         return None
     if name_lengths != tuple(map(len, raw_names)) or not 0 < min(name_lengths) <= max(name_lengths) <= MAX_NAME_BYTES:
@@ -450,15 +480,41 @@ def _columns_of_torch(raw: bytes, count: int) -> _Columns | None:
     return None if names is None else _Columns(names, raw_names, sizes, crc32s, offsets, flags)
 
 
+def _with_zip64_fields(
+    tails: tuple[bytes, ...],
+    name_lengths: tuple[int, ...],
+    extra_lengths: tuple[int, ...],
+    sizes: tuple[int, ...],
+    offsets: tuple[int, ...],
+) -> list[tuple[bytes, int, int]] | None:
+    """Name, size and offset of each entry; those that are 0xFFFFFFFF from the field that follows the name in its tail.
+
+    None where a field is not the one that torch writes for what is in it.
+    """
+    entries = []
+    for tail, name_length, extra_length, size, offset in zip(
+        tails, name_lengths, extra_lengths, sizes, offsets, strict=True
+    ):
+        field = tail[name_length:]
+        if field and size == _WIDE:
+            size = int.from_bytes(field[4:12], "little")
+        if field and offset == _WIDE:
+            offset = int.from_bytes(field[-8:], "little")
+        if len(field) != extra_length or field != _zip64_field(size, size, offset):
+            return None
+        entries.append((tail[:name_length], size, offset))
+    return entries
+
+
 def _names_in_one_folder(raw_names: tuple[bytes, ...]) -> tuple[str, ...] | None:
     """The names without their folder; None where `_check_names` could refuse one, or one is not ASCII."""
-    try:
-        text = b"\0".join(raw_names).decode("ascii")
-    except UnicodeDecodeError:
+    joined = b"\0".join(raw_names)
+    if not joined.isascii():
         return None
+    text = joined.decode()
     folder = text.partition("\0")[0].partition("/")[0] + "/"
     names = f"\0{text}".split(f"\0{folder}")[1:]
-    lower = names if text.islower() else text.lower().split("\0")
+    lower = names if joined == joined.lower() else text.lower().split("\0")
     if not len(raw_names) == text.count("\0") + 1 == len(names) == len(set(lower)):
         return None
     parts = f"/{text}/".replace("\0", "/")

@@ -11,12 +11,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import edited, train_lightning
+from builders import edited, flip_bit, train_lightning
 from torch.utils.serialization import config as save_config
 
 from enstack_lightning.checkpoint import Options, Severity, Verdict, verify_checkpoint, zip_archive
@@ -333,6 +334,16 @@ def mixed(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """Records on both sides of 4 GiB, some of that size: what of them takes more than 32 bits is in zip64 fields."""
+    path = tmp_path / "w.pt"
+    sizes = (5, 2**32 + 8, 3, 0, 2**32 - 1, 70_000)
+    with torch.serialization.skip_data():
+        torch.save([torch.empty(n, dtype=torch.uint8) for n in sizes], path)
+    return path
+
+
 def outcome(path: Path, without: tuple[str, ...] = ()) -> object:
     """The records and what is unlike torch, or the refusal; `without` these shortcuts."""
     with pytest.MonkeyPatch.context() as patch, LocalSource(path) as source:
@@ -356,10 +367,13 @@ def shortcuts_taken(path: Path) -> list[bool]:
         return [zip_archive._columns_of_torch(raw, directory.entries) is not None, compared is not None]
 
 
-def test_what_torch_writes_is_read_many_records_at_a_time(plain: Path, mixed: Path) -> None:
-    for path in (plain, mixed):
+def test_what_torch_writes_is_read_many_records_at_a_time(plain: Path, mixed: Path, wide: Path) -> None:
+    for path in (plain, mixed, wide):
         assert shortcuts_taken(path) == [True, True]
         assert outcome(path) == outcome(path, SHORTCUTS)
+    with LocalSource(wide) as source:
+        records = ZipArchive(source).records.values()
+    assert {(r.size > 2**32 - 2, r.header_offset > 2**32 - 2) for r in records} == set(product((False, True), repeat=2))
 
 
 def test_small_payloads_are_kept_as_they_are(mixed: Path) -> None:
@@ -404,19 +418,26 @@ def test_a_flip_within_a_payload_that_is_read_along_with_headers_is_found(name: 
     assert f"damaged m.pt:{name} its bytes have CRC-32" in messages(facts_of(mixed, deep=True))
 
 
-def test_a_flip_anywhere_in_the_directory_has_the_same_outcome_at_once_and_one_by_one(plain: Path) -> None:
-    whole = plain.read_bytes()
-    with LocalSource(plain) as source:
+@pytest.mark.parametrize("archive", ["plain", "wide"])
+def test_a_flip_anywhere_in_the_directory_has_the_same_outcome_at_once_and_one_by_one(
+    archive: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(archive)
+    with LocalSource(path) as source:
         directory = zip_archive._find_directory(source)
     for at in range(directory.start, directory.end):
-        for bit in (1 << at % 8, 1 << (at + 4) % 8):
-            plain.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            assert outcome(plain) == outcome(plain, SHORTCUTS), (at - directory.start, bit)
+        for bit in (at % 8, (at + 4) % 8):
+            flip_bit(path, at, bit)
+            assert outcome(path) == outcome(path, SHORTCUTS), (at - directory.start, bit)
+            flip_bit(path, at, bit)
 
 
-def test_a_flip_anywhere_beside_payloads_has_the_same_outcome_in_runs_and_one_by_one(mixed: Path) -> None:
-    whole = mixed.read_bytes()
-    with LocalSource(mixed) as source:
+@pytest.mark.parametrize(("archive", "step"), [("mixed", 7), ("wide", 1)])
+def test_a_flip_anywhere_beside_payloads_has_the_same_outcome_in_runs_and_one_by_one(
+    archive: str, step: int, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(archive)
+    with LocalSource(path) as source:
         records = list(ZipArchive(source).records.values())
         end = zip_archive._find_directory(source).start
     begin, beside = 0, []
@@ -424,12 +445,11 @@ def test_a_flip_anywhere_beside_payloads_has_the_same_outcome_in_runs_and_one_by
         beside += range(begin, record.offset)
         begin = record.offset + record.size
     beside += range(begin, end)
-    with mixed.open("r+b", buffering=0) as file:
-        for at in beside[::7]:
-            os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << at % 8]), at)
-            assert shortcuts_taken(mixed) == [True, False], at
-            assert outcome(mixed) == outcome(mixed, SHORTCUTS), at
-            os.pwrite(file.fileno(), whole[at : at + 1], at)
+    for at in beside[::step]:
+        flip_bit(path, at, at % 8)
+        assert shortcuts_taken(path) == [True, False], at
+        assert outcome(path) == outcome(path, SHORTCUTS), at
+        flip_bit(path, at, at % 8)
 
 
 # Where in a directory's entry which field stands, a value that torch does not write there, and what is said of it.
@@ -465,6 +485,44 @@ def test_an_entry_that_differs_in_one_field_is_read_by_itself(field: str, plain:
     else:
         assert shortcuts_taken(plain) == [False, True]
         assert outcome(plain) == (records, {})
+
+
+# Of which record of the wide archive, where in its entry, a value that torch does not write there, what is said of it.
+UNUSUAL_WIDE: dict[str, tuple[str, int, str, int, str]] = {
+    "a size in a field that is not there": ("data/0", 24, "<I", 2**32 - 1, "lacks its zip64 sizes"),
+    "both sizes in a field that is not there": ("data/0", 20, "<Q", 2**64 - 1, "lacks its zip64 sizes"),
+    "an offset in a field that is not there": ("data.pkl", 42, "<I", 2**32 - 1, "lacks its zip64 sizes"),
+    "two sizes in a field of an offset": ("data/2", 20, "<Q", 2**64 - 1, "lacks its zip64 sizes"),
+    "an offset in a field of two sizes": ("data/1", 42, "<I", 2**32 - 1, "lacks its zip64 sizes"),
+    "an offset beside its field": ("data/2", 42, "<I", 0, "its header disagrees with the archive's directory"),
+    "sizes beside their field": ("data/1", 20, "<Q", 5 * (2**32 + 1), "lie between its end and the next record"),
+    "another size in the field": ("data/1", 46 + 8 + 4, "<Q", 2**32 + 7, "it is compressed"),
+    "another kind of field": ("data/2", 46 + 8, "<H", 2, "lacks its zip64 sizes"),
+    "a field that ends early": ("data/2", 46 + 8 + 2, "<H", 7, "lacks its zip64 sizes"),
+    "a field that says to be longer": ("data/2", 46 + 8 + 2, "<H", 80, ""),
+    "a longer name": ("data/2", 28, "<H", 9, "lacks its zip64 sizes"),
+    "a longer extra field": ("data/2", 30, "<H", 13, "has no entry at byte"),
+    "a shorter extra field": ("data/2", 30, "<H", 11, "lacks its zip64 sizes"),
+    "flags": ("data/2", 8, "<H", 0x0809, "it has flags 0x0809"),
+}
+
+
+@pytest.mark.parametrize("field", UNUSUAL_WIDE)
+def test_a_wide_entry_that_differs_in_one_field_is_read_by_itself(field: str, wide: Path) -> None:
+    name, offset, form, value, message = UNUSUAL_WIDE[field]
+    with LocalSource(wide) as source:
+        start, end, _ = zip_archive._find_directory(source)
+        entry = start + source.read_at(start, end - start).index(f"w/{name}".encode()) - 46
+    records = outcome(wide)
+    with wide.open("r+b") as file:
+        file.seek(entry + offset)
+        file.write(struct.pack(form, value))
+    assert outcome(wide) == outcome(wide, SHORTCUTS)
+    if message:
+        assert message in outcome(wide)[1]  # type: ignore[index]
+    else:
+        assert shortcuts_taken(wide) == [False, True]
+        assert outcome(wide) == records
 
 
 def renamed(path: Path, old: bytes, new: bytes) -> None:
@@ -521,20 +579,30 @@ def test_entries_in_another_order_give_the_same_records(plain: Path) -> None:
     assert outcome(plain) == records
 
 
-def test_sizes_of_terabytes_in_a_small_file_are_refused(tmp_path: Path) -> None:
-    """The first record is said to reach up to the second, which is said to lie far behind the end of the file."""
-    size = 2**42
+@pytest.mark.parametrize(
+    ("size", "others"),
+    [(2**42, ()), (0, (2**62, 2**62 + 10)), (0, (2**63, 2**64 - 1)), (2**64 - 1, (2**63 - 1, 2**63, 2**64 - 1))],
+)
+def test_places_far_behind_the_end_of_a_small_file_are_refused(
+    size: int, others: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The first record is said to reach up to the second, or that and others are said to lie beyond any file."""
     name, padding = b"a/data.pkl", b"FB" + struct.pack("<H", 20) + b"Z" * 20
     header = struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x0808, 0, 0, 0, 0, 0, 0, len(name), len(padding)) + name + padding
     entries = b""
-    for path, at in ((name, 0), (b"a/version", len(header) + size + 16)):
+    offsets = (0, *(others or [len(header) + size + 16]))
+    for n, at in enumerate(offsets):
+        path = name if n == 0 else b"a/data/%d" % n
         wide = struct.pack("<2H3Q", 1, 24, size, size, at)
         fixed = (b"PK\1\2", 0, 0, 0x0808, 0, 0, 0, 7, 2**32 - 1, 2**32 - 1, len(path), len(wide), 0, 0, 0, 0, 2**32 - 1)
         entries += struct.pack("<4s6H3I5H2I", *fixed) + path + wide
-    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 2, 2, len(entries), len(header), 0)
+    count = len(offsets)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(entries), len(header), 0)
     (tmp_path / "o.pt").write_bytes(header + entries + end)
     assert outcome(tmp_path / "o.pt") == outcome(tmp_path / "o.pt", SHORTCUTS)
-    assert facts_of(tmp_path / "o.pt").defects
+    assert f"begins at byte {offsets[-1]:,}, and the archive's directory at byte 64" in messages(
+        facts_of(tmp_path / "o.pt")
+    )
     assert verify_checkpoint(tmp_path / "o.pt").verdict is Verdict.FAIL
 
 
