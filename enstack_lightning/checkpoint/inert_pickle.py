@@ -27,7 +27,7 @@ from enstack_lightning.checkpoint.pickle_rebuild import (
     odd_tensors,
     storage_of,
 )
-from enstack_lightning.checkpoint.pickle_tensors import read_tensors, tensor_call
+from enstack_lightning.checkpoint.pickle_tensors import Run, read_tensors, tensor_call
 from enstack_lightning.checkpoint.pickle_tree import MAX_DEPTH, MAX_VALUES, UNSEEN, untangled
 from enstack_lightning.checkpoint.pickle_values import (
     CONTAINERS,
@@ -182,11 +182,14 @@ class _Machine:
                         self.refused.add(opcode)
                     elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
                         if opcode == 0x68:
-                            value = memo[data[at]]
+                            index = data[at]
                             at += 1
                         else:
-                            value = memo[uint32(data, at)[0]]
+                            index = uint32(data, at)[0]
                             at += 4
+                        value = memo[index]
+                        if value.__class__ is Run:
+                            value = value.fetched(index)
                         if value.__class__ in containers:
                             shared[id(value)] = UNSEEN
                         stack.append(value)

@@ -23,7 +23,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +97,10 @@ _OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
 """The last of these have been done of the first tensor."""
 
 _Sizes = tuple[int, ...]
+_StorageType = tuple[str, Global, str, str]
+"""The word, the class and the device of a persistent id, and the dtype."""
+_Row = tuple[dict[Any, Any] | None, str, _StorageType, StorageDescriptor, TensorDescriptor]
+"""The state and the name that it begins with, if any, and what is made of it."""
 
 
 class Machine(Protocol):
@@ -135,7 +139,7 @@ def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) ->
         rows.append(found.groups(b""))
         at = found.end()
     try:
-        run = _Run(machine, rows)
+        run = Run(machine, rows)
     except PickleDefectError:
         return at, 0
     if run.opcodes > most_opcodes:
@@ -148,8 +152,8 @@ class _UnusualError(PickleDefectError):
     """Tensors in a row are not, or not surely, what a pickler writes."""
 
 
-class _Run:
-    """Tensors in a row.
+class Run:
+    """Tensors in a row; stands in the memo for all that they memoize.
 
     Attributes:
         opcodes: how many they are.
@@ -178,13 +182,15 @@ class _Run:
         for shape, stride in set(zip(columns.shape, columns.stride, strict=True)):
             if len(self._sizes[shape]) != len(self._sizes[stride]):
                 raise _UnusualError("a shape and a stride of different lengths")
-        states, names = (len(rows) - column.count(b"") for column in (columns.state_key, columns.text))
+        states, names, sized = (len(rows) - c.count(b"") for c in (columns.state_key, columns.text, columns.shape))
         if states and not self._can_end_state():
             raise _UnusualError("items that are set on something else than a dict")
         self.opcodes = (
             _OPCODES * len(rows) - _OPCODES_BEFORE + _OPCODES_OF_A_STATE * states + _OPCODES_OF_A_NAME * names
         )
         self.opcodes += sum(sizes[text][1] for text in chain(columns.shape, columns.stride))
+        self._memoized = states + names + 5 * len(rows) + 2 * sized
+        self._rows: list[_Row] = []
 
     def _fetched(self, number: bytes) -> Any:
         return fetched_from_before(self._machine.memo, number)
@@ -199,8 +205,7 @@ class _Run:
             raise _UnusualError("a key that is no text, or too long")
         return str(key)
 
-    def _storage_type(self, kind: bytes, place: bytes) -> tuple[str, Global, str, str]:
-        """The word, the class and the device of a persistent id, and the dtype."""
+    def _storage_type(self, kind: bytes, place: bytes) -> _StorageType:
         word, class_, device = (self._fetched(fetched[1:2]) for fetched in (kind, kind[2:], place))
         return word, class_, device, storage_of((word, class_, "", device, 0), legacy=False).dtype
 
@@ -218,51 +223,59 @@ class _Run:
         return bool(outer) and outer[-1].__class__ is dict and len(machine.stack) % 2 == 0
 
     def do(self) -> None:
-        """Does the opcodes."""
+        """Does the opcodes; the memo's values are made when one of them is fetched, which most pickles never do."""
         machine, columns = self._machine, self._columns
-        numbers, types, keys = self._numbers, self._storage_types, self._keys
+        numbers, types, keys, made_of = self._numbers, self._storage_types, self._keys, self._sizes
         first_of_key, storages, stack = machine.first_of_key, machine.storages, machine.stack
-        memoized: list[Any] = []
-        tensors: list[TensorDescriptor] = []
-        all_hooks: list[dict[Any, Any]] = []
+        rows, tensors = self._rows, machine.tensors
         stack.pop()  # the function's name
         for state_key, near, far, text, kind, place, key_text, numel_text, offset_text, sizes, strides in zip(
             columns.state_key, columns.near, columns.far, columns.text, columns.kind, columns.place,
             columns.key, columns.numel, columns.offset, columns.shape, columns.stride, strict=True,
         ):  # fmt: skip
+            state: dict[Any, Any] | None = None
             if state_key:
-                state: dict[Any, Any] = {}
+                state = {}
                 outer = machine.below_marks[-1]
                 machine.work.set_items(outer[-1], stack)
                 outer += _integer(state_key), state
-                memoized.append(state)
                 stack = []
-            if text:
-                name = text.decode("ascii")
-                memoized.append(name)
+            name = text.decode("ascii")
+            if name:
                 stack.append(name)
             elif near or far:
                 stack.append(keys[near or far])
-            word, class_, device, dtype = types[kind, place]
-            key, numel, offset = key_text.decode("ascii"), numbers[numel_text], numbers[offset_text]
-            pid = word, class_, key, device, numel
+            storage_type = types[kind, place]
+            key, numel = key_text.decode("ascii"), numbers[numel_text]
             if key in first_of_key:
-                storage = machine.storage(pid)
+                storage = machine.storage(_pid(storage_type, key, numel))
             else:
+                _, _, device, dtype = storage_type
                 storage = first_of_key[key] = storages[key] = StorageDescriptor(key, dtype, numel, device)
-            shape, stride = self._sizes[sizes], self._sizes[strides]
-            tensor = TensorDescriptor(storage, dtype, shape, stride, offset)
-            hooks: dict[Any, Any] = {}
-            args = storage, offset, shape, stride, False, hooks
-            memoized += (key, pid, shape, stride, hooks, args, tensor) if sizes else (key, pid, hooks, args, tensor)
-            all_hooks.append(hooks)
+            tensor = TensorDescriptor(storage, storage_type[3], made_of[sizes], made_of[strides], numbers[offset_text])
+            rows.append((state, name, storage_type, storage, tensor))
             tensors.append(tensor)
             stack.append(tensor)
         machine.stack = stack
-        machine.memo.update(enumerate(memoized, self._first))
-        machine.ordered.update(zip(map(id, all_hooks), all_hooks, strict=True))
-        machine.work.hooks += all_hooks
-        machine.tensors += tensors
+        machine.memo.update(zip(range(self._first, self._first + self._memoized), repeat(self), strict=False))
+
+    def fetched(self, number: int) -> Any:
+        """The value under a number of the memo at which this run stands."""
+        machine = self._machine
+        values: list[Any] = []
+        for state, name, storage_type, storage, tensor in self._rows:
+            shape, stride = tensor.shape, tensor.stride
+            hooks: dict[Any, Any] = {}
+            machine.ordered[id(hooks)] = hooks
+            machine.work.hooks.append(hooks)
+            values += [] if state is None else [state]
+            values += [name] if name else []
+            values += storage.key, _pid(storage_type, storage.key, storage.numel)
+            values += (shape, stride) if shape else ()
+            values += hooks, (storage, tensor.offset, shape, stride, False, hooks), tensor
+        memo = machine.memo
+        memo.update([(n, value) for n, value in enumerate(values, self._first) if memo[n] is self])
+        return memo[number]
 
 
 # What holds of all that is read in a row
@@ -286,7 +299,13 @@ def fetched_from_before(memo: dict[int, Any], number: bytes) -> Any:
     Where a pickle left numbers out, one that is put here may have stood for another value.
     """
     index = int.from_bytes(number, "little")
-    return memo.get(index) if index < len(memo) else None
+    value = memo.get(index) if index < len(memo) else None
+    return value.fetched(index) if value.__class__ is Run else value
+
+
+def _pid(of: _StorageType, key: str, numel: int) -> tuple[str, Global, str, str, int]:
+    word, class_, device, _ = of
+    return word, class_, key, device, numel
 
 
 def are_as_long(texts: Iterable[bytes], lengths: Iterable[bytes]) -> bool:

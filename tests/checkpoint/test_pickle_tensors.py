@@ -269,6 +269,22 @@ def test_the_memo_is_the_same_afterwards(pickled: bytes) -> None:
     assert_alike(everything)
 
 
+def test_values_of_the_memo_are_changed_or_replaced_afterwards(in_a_row: tuple[bytes, int]) -> None:
+    """They are made when the first of them is fetched, and are the same from then on."""
+    data, _ = in_a_row
+    numbers = [arg for opcode, arg, _ in pickletools.genops(data) if opcode.name == "LONG_BINPUT"]
+    fetches, puts = ([form + struct.pack("<I", n) for n in numbers] for form in (b"j", b"r"))
+    hooks = []
+    for i, fetch in enumerate(fetches):
+        other = fetches[i - 2]
+        changed = data[:-1] + b"(" + fetch + b"K\x01K\x02s" + fetch + other + b"t\x86."
+        assert_alike(changed)
+        hooks.append(outcome(changed)[0])
+        assert_alike(data[:-1] + b"(K\x07" + puts[i] + other + fetch + b"t\x86.")
+        assert_alike(data[:-1] + b"(" + other + b"K\x07" + puts[i] + fetch + other + b"t\x86.")
+    assert sum("hooks" in str(said) for said in hooks) == 11
+
+
 def test_a_limit_of_opcodes_ends_the_reading_at_the_same_one(pickled: bytes) -> None:
     for most in [*range(200, 2_200, 9), *range(1_400, 1_450)]:
         assert_alike(pickled, most)
