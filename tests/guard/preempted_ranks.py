@@ -1,7 +1,8 @@
 """Two processes under DDP, of which one is signalled: `python preempted_ranks.py FOLDER`.
 
 Trains three times, each from where the one before was saved: rank 1 alone is signalled in the first run, rank 0 alone
-in the second, none in the third. Each rank writes to `FOLDER/rankN.json` how the runs went.
+in the second, none in the third. Each rank writes to `FOLDER/rankN.json` how the runs went. In a fourth run rank 0 is
+signalled twice while rank 1 is busy, and would write to `FOLDER/lived on` afterwards.
 """
 
 import json
@@ -39,7 +40,22 @@ class Signals(Callback):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(folder: Path, rank: int | None) -> dict[str, Any]:
+class Twice(Callback):
+    """Goes on after its second signal only where this does not end it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        preemption.DOUBLED_SECONDS = 0.0
+        if trainer.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        (self.folder / "lived on").touch()
+
+
+def run(folder: Path, rank: int | None) -> tuple[Trainer, dict[str, Any]]:
     path = folder / "recovery_checkpoint.ckpt"
     signals = Signals(rank)
     trainer = Trainer(
@@ -60,10 +76,12 @@ def run(folder: Path, rank: int | None) -> dict[str, Any]:
     except SystemExit as e:
         ended = type(e).__name__
     saved = torch.load(path)["global_step"]
-    return {"began": signals.began, "signalled": signals.signalled, "saved": saved, "by": ended}
+    return trainer, {"began": signals.began, "signalled": signals.signalled, "saved": saved, "by": ended}
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    went = [run(folder, rank) for rank in (1, 0, None)]
+    trainers, went = zip(*[run(folder, rank) for rank in (1, 0, None)], strict=True)
     (folder / f"rank{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(went))
+    trainers[0].callbacks.append(Twice(folder))
+    trainers[0].fit(BoringModel())  # the Trainer that has started rank 1

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SavesAsEpochsBegin
-from exact_runs import BATCH_SIZE, BATCHES, Recorded, differences, train
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+import torch
+from builders import SavesAsEpochsBegin, quiet_trainer
+from exact_runs import BATCH_SIZE, BATCHES, Everywhere, InMemory, Recorded, differences, train
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
 from torch.utils.data import default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -120,6 +123,69 @@ def test_an_epoch_that_a_save_began_in_is_counted_once(epoch: int, tmp_path: Pat
         assert again["counters"][counter] == whole["counters"][counter]
 
 
+class FailingLogger(InMemory):
+    """Fails with the second batch, before the validation that is due after it."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step == 1:
+            raise Stopped
+
+
+class FailsOnASignal(Recorded):
+    """Fails once with the batch that was just fetched, as SIGTERM has come."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer.training and self.trainer.ckpt_path is None and self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise Stopped
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Recorded, {"logger": FailingLogger(), "val_check_interval": 2}), (FailsOnASignal, {})],
+    ids=["before a validation", "with a batch fetched"],
+)
+def test_what_is_saved_as_something_fails_between_two_batches_is_not_called_exact(
+    kind: type[Recorded], options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks, guard = (OnExceptionCheckpoint(tmp_path, "stopped"),), CheckpointGuard(save_on_signal=False)
+    with pytest.raises(Stopped):
+        train(tmp_path, {}, options, callbacks=callbacks, guard=guard, kind=kind)
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "again", {}, {**options, "logger": False}, tmp_path / "stopped.ckpt", kind=kind)
+    assert exactness(caplog).startswith(NO_MOMENT)
+
+
+class SavesAsAFitBegins(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.points: list[str] = []
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "c.ckpt")
+        saved = torch.load(self.folder / "c.ckpt", weights_only=True)
+        self.points.append(saved["callbacks"]["CheckpointGuard"]["resume"]["point"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            self._save(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+
+def test_a_further_fit_of_a_trainer_that_failed_inside_an_epoch_begins_at_no_moment(tmp_path: Path) -> None:
+    module, saves = InValidation(), SavesAsAFitBegins(tmp_path)
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), saves, max_epochs=4, enable_checkpointing=True)
+    with pytest.raises(Stopped):
+        trainer.fit(module)
+    saves.points.clear()
+    with pytest.raises(Stopped):
+        trainer.fit(module)
+    assert set(saves.points) == {"elsewhere"}
+
+
 class Signalled(Callback):
     """The run gets SIGTERM in a batch, once."""
 
@@ -167,3 +233,64 @@ def test_an_epoch_that_max_steps_cuts_off_is_not_called_whole(tmp_path: Path, ca
         again = train(tmp_path / "again", {}, {}, tmp_path / "epoch-2.ckpt")
     print(exactness(caplog), differences(whole, again))
     assert exactness(caplog).startswith(NO_MOMENT)
+
+
+# Why a run was to stop, and whether it is to stop once it is resumed
+
+
+class StopsItself(Recorded):
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.trainer.should_stop = True
+
+
+def early_stopping(**options: Any) -> EarlyStopping:
+    return EarlyStopping("val_loss", check_on_train_epoch_end=False, **options)
+
+
+STOPS: dict[str, tuple[type[Recorded], Callback, str, bool, bool]] = {
+    # the save after, whether it stops early again, whether it is said that it trains on
+    "patience": (Recorded, early_stopping(patience=1, min_delta=10.0), "validation-2", True, False),
+    "a threshold": (Recorded, early_stopping(patience=9, stopping_threshold=10.0), "validation-1", True, False),
+    "the module": (StopsItself, early_stopping(patience=9), "epoch-1", False, True),
+    "a time limit": (Recorded, Timer(timedelta(microseconds=1)), "epoch-1", False, False),
+}
+
+
+def why_it_stops(path: Path) -> tuple[bool, bool]:
+    state = torch.load(path, weights_only=True)["callbacks"]["CheckpointGuard"]["resume"]
+    return state["early_stop"], state["told_to_stop"]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_stops_again_only_where_it_had_stopped_early(stop: str, tmp_path: Path) -> None:
+    kind, callback, name, *wanted = STOPS[stop]
+    train(tmp_path, {}, {}, callbacks=(copy.deepcopy(callback),), saves=(name,), kind=kind)
+    path = tmp_path / f"{name}.ckpt"
+    assert why_it_stops(path) == tuple(wanted)
+    again = train(tmp_path / "again", {}, {}, path, (copy.deepcopy(callback),), saves=None)
+    if wanted[0]:
+        assert [event[0] for event in again["events"]] == ["epoch", "end"]
+        (after,) = (tmp_path / "again").glob("*.ckpt")
+        assert why_it_stops(after) == tuple(wanted)
+
+
+def test_a_trainer_that_stopped_early_and_is_told_to_fit_on_saves_that_it_does(tmp_path: Path) -> None:
+    saves = Everywhere(tmp_path, ("batch-15",))
+    early = early_stopping(patience=1, min_delta=10.0)
+    trainer = quiet_trainer(tmp_path, CheckpointGuard(), early, saves, max_epochs=6, enable_checkpointing=True)
+    module = Recorded()
+    trainer.fit(module)
+    assert trainer.current_epoch == 2
+    trainer.fit(module)
+    assert why_it_stops(tmp_path / "batch-15.ckpt") == (False, False)
+
+
+def test_a_run_that_a_signal_told_to_stop_is_not_said_to_have_been_told_for_good(tmp_path: Path) -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.received_sigterm
+
+    callbacks = Signalled(BATCHES), Stops(), OnExceptionCheckpoint(tmp_path, "stopped")
+    with pytest.raises(SystemExit):
+        train(tmp_path, {}, {}, callbacks=callbacks, guard=CheckpointGuard(save_on_signal=False))
+    assert why_it_stops(tmp_path / "stopped.ckpt") == (False, False)

@@ -28,10 +28,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from enstack_lightning import CheckpointGuard, RecoveryCheckpoint
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
 from enstack_lightning.guard.loading.choice import choose_newest
+from enstack_lightning.guard.training import preemption
 
 SCRIPT = Path(__file__).with_name("preempted_ranks.py")
 RECOVERY = "recovery_checkpoint.ckpt"
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
 
 class Validated(TinyModule):
@@ -243,6 +244,39 @@ def test_both_can_be_had_without(tmp_path: Path) -> None:
     assert not (tmp_path / RECOVERY).exists()
 
 
+class Forks(Callback):
+    """Signals a process that it forks, as a user's own code may, often enough to end this one at once."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            preemption.DOUBLED_SECONDS = 0.0
+            child = os.fork()
+            if child == 0:
+                for _ in range(3):
+                    os.kill(os.getpid(), self.number)
+                os._exit(7)
+            self.status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, "the user's"])
+def test_a_signal_to_a_forked_child_is_the_childs_own_affair(handler: Any, tmp_path: Path) -> None:
+    def train(tell: Callable[[], None]) -> None:
+        tell()
+        calls = tmp_path / "calls"
+        signal.signal(USR1, handler if handler is signal.SIG_DFL else lambda *_: calls.open("a").write("!") and None)
+        forks = Forks(USR1)
+        trained(tmp_path, TinyModule, every_epoch(tmp_path), forks)
+        assert forks.status == 7
+        assert handler is signal.SIG_DFL or calls.read_text() == "!!!"
+
+    assert signalled(train)[0] == 0
+    assert not (tmp_path / RECOVERY).exists()
+    assert (tmp_path / "epoch=2.ckpt").exists()
+
+
 class Handlers(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.during = [signal.getsignal(number) for number in (TERM, USR1)]
@@ -359,15 +393,16 @@ def slurm(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_slurms_requeueing_saves_after_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [USR1, USR2])
+def test_slurms_requeueing_saves_after_the_batch(number: signal.Signals, tmp_path: Path) -> None:
     module = trained(tmp_path / "whole", TinyModule, every_epoch(tmp_path / "whole"))
 
     def train(tell: Callable[[], None]) -> None:
         with slurm(tmp_path / "bin"):
-            plugins = [SLURMEnvironment(auto_requeue=True)]
+            plugins = [SLURMEnvironment(auto_requeue=True, requeue_signal=number)]
             trained(tmp_path, TinyModule, every_epoch(tmp_path), Pause(7, tell), plugins=plugins)
 
-    assert signalled(train, (0, USR1))[0] == 0
+    assert signalled(train, (0, number))[0] == 0
     assert (tmp_path / "bin" / "told").read_text() == "requeue 7\n"
     path = checked(tmp_path / "hpc_ckpt_1.ckpt")
     assert (tmp_path / "epoch=2.ckpt").exists(), "Lightning trains on until SLURM ends the job"
@@ -377,6 +412,53 @@ def test_slurms_requeueing_saves_after_the_batch(tmp_path: Path) -> None:
     assert same_weights(resumed, module)
 
 
+def test_a_job_that_is_requeued_at_sigterm_was_saved_in_the_middle_of_the_batch(tmp_path: Path) -> None:
+    module = trained(tmp_path / "whole", TinyModule, every_epoch(tmp_path / "whole"))
+
+    def train(tell: Callable[[], None]) -> None:
+        with slurm(tmp_path / "bin"):
+            plugins = [SLURMEnvironment(requeue_signal=TERM)]
+            trained(tmp_path, TinyModule, every_epoch(tmp_path), Pause(7, tell), plugins=plugins)
+
+    assert signalled(train, (0, TERM))[0] == 0
+    assert (tmp_path / "bin" / "told").read_text() == "requeue 7\n"
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=0.ckpt", "hpc_ckpt_1.ckpt"]
+    path = checked(tmp_path / "hpc_ckpt_1.ckpt")
+    resumed = trained(tmp_path / "again", TinyModule, every_epoch(tmp_path / "again"), ckpt_path=path)
+    assert resumed.rows == module.rows[7:]
+    assert same_weights(resumed, module)
+
+
+def test_a_job_that_is_requeued_in_a_validation_lost_that_validation(tmp_path: Path) -> None:
+    options = {"val_check_interval": 2}
+    whole = trained(tmp_path / "whole", Validated, every_epoch(tmp_path / "whole"), **options)
+
+    def train(tell: Callable[[], None]) -> None:
+        with slurm(tmp_path / "bin"):
+            pause, plugins = Pause(5, tell, validation=True), [SLURMEnvironment()]
+            trained(tmp_path, Validated, every_epoch(tmp_path), pause, plugins=plugins, **options)
+
+    assert signalled(train, (0, USR1))[0] == 0
+    assert (tmp_path / "epoch=2.ckpt").exists()
+    path = checked(tmp_path / "hpc_ckpt_1.ckpt")
+    resumed = trained(
+        tmp_path / "again", Validated, every_epoch(tmp_path / "again"), seed=99, ckpt_path=path, **options
+    )
+    assert resumed.losses == whole.losses[4:]
+    assert resumed.validations == whole.validations - 1
+    assert same_weights(resumed, whole)
+
+
+def test_workers_that_get_slurms_signal_too_saved_and_requeued_as_well(tmp_path: Path) -> None:
+    def train(tell: Callable[[], None]) -> None:
+        with slurm(tmp_path / "bin"):
+            trained(tmp_path, Workers, every_epoch(tmp_path), Pause(7, tell), plugins=[SLURMEnvironment()])
+
+    assert signalled(train, (0, USR1), group=True)[0] == 0
+    assert (tmp_path / "bin" / "told").read_text() == "requeue 7\n"
+    assert [path.name for path in tmp_path.glob("hpc_ckpt*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+
+
 # Several ranks
 
 
@@ -384,7 +466,8 @@ def test_two_ranks_save_after_the_same_batch_whichever_is_signalled(tmp_path: Pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     call = [sys.executable, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == -TERM, done.stderr  # a second signal ended rank 0 at once, and with it rank 1
+    assert not (tmp_path / "lived on").exists()
     of_rank_0, of_rank_1 = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert of_rank_0 == of_rank_1
     assert [ended["by"] for ended in of_rank_0] == ["SIGTERMException", "SIGTERMException", "its end"]

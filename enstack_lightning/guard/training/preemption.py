@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Preemption:
     - SIGUSR1: the same, then the process ends by this signal, as it does by default. A handler of the user's is called
       at once, and decides whether the process ends.
     - The signal by which Lightning requeues SLURM jobs: Lightning's handler, which saves and requeues, runs at the end
-      of the batch instead of in the middle of a step.
+      of the batch instead of in the middle of a step, and in this process only, not in a loader's workers as well.
 
     A second signal ends the process at once. During a validation the checkpoint is that of the batch before it, and the
     resumed run validates anew; with several processes the validation is waited for, since they may not validate alike.
@@ -103,15 +104,18 @@ class Preemption:
         self._trainer = self._last = self._before_validation = None  # the latter holds gradients, and batches
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._pid:
-            self._in_a_child(number, frame)
+        if os.getpid() != self._pid:  # a loader's worker, or another that was forked, which has no run to save
+            self._call_users_handlers(number, frame)
         elif self._received and time.monotonic() - self._received_at > DOUBLED_SECONDS:
             self._end_at_once(number)
         elif not self._received:
             self._received, self._received_at = number, time.monotonic()
             self._do_not_hear_children()
-            for handler in self._handlers(number, lightnings=False):
-                handler(number, frame)
+            self._call_users_handlers(number, frame)
+
+    def _call_users_handlers(self, number: int, frame: Any) -> None:
+        for handler in self._handlers(number, lightnings=False):
+            handler(number, frame)
 
     def _do_not_hear_children(self) -> None:
         """A signal to the whole group ends the loaders' workers, and torch raises an error of that in mid-step."""
@@ -130,24 +134,21 @@ class Preemption:
         self._received = 0
         self._hear_children()
 
-    def _in_a_child(self, number: int, frame: Any) -> None:
-        """In a process that was forked from this one, a loader's worker or another."""
-        before = self._before.get(number)
-        if callable(before):
-            before(number, frame)
-
     def _end_at_once(self, number: int) -> None:
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None
-        if launcher is not None and self._trainer is not None and self._trainer.global_rank == 0:
+        if launcher is not None:  # of the processes that this one has started, if any
             launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
         _end_by(number)
 
     def _handlers(self, number: int, lightnings: bool) -> list[Callable[[int, Any], Any]]:
         """Of the handlers that were there before, those of Lightning's or the others."""
         connector = getattr(self._trainer, "_signal_connector", None)
-        before = self._before.get(number)
-        handlers = getattr(before, "signal_handlers", [before])
+        handlers = _one_by_one(self._before.get(number))
         return [h for h in handlers if callable(h) and (getattr(h, "__self__", None) is connector) == lightnings]
+
+    def _requeueing(self, number: int) -> list[Callable[[int, Any], Any]]:
+        """Lightning's handlers that save and requeue; those of SIGTERM itself only take note of it."""
+        return [h for h in self._handlers(number, lightnings=True) if "sigterm" not in h.__name__]
 
     # Boundaries
 
@@ -188,14 +189,21 @@ class Preemption:
 
     def _act(self, trainer: Trainer, number: int) -> None:
         self._last = None
-        requeue = self._handlers(number, lightnings=True) if number != signal.SIGTERM else []
+        requeue = self._requeueing(number)
         if requeue:
-            for handler in requeue:
-                handler(number, None)
+            # They save by this method, and inside a validation it is the batch before that is to be saved.
+            vars(trainer)["save_checkpoint"] = partial(self._save_as, trainer)
+            try:
+                for handler in requeue:
+                    handler(number, None)
+            finally:
+                del vars(trainer)["save_checkpoint"]
+        if requeue and number != signal.SIGTERM:
             self._go_on()
             return
-        path = self._save(trainer)
-        rank_zero_info(f"CheckpointGuard: {signal.Signals(number).name} received; saved {path} to resume from")
+        if not requeue:
+            path = self._save(trainer)
+            rank_zero_info(f"CheckpointGuard: {signal.Signals(number).name} received; saved {path} to resume from")
         # Lightning raises its exception itself after the batch; a validation must not begin first.
         at_once = self._before_validation is not None or _validation_is_due(trainer)
         for callback in trainer.checkpoint_callbacks:
@@ -206,14 +214,17 @@ class Preemption:
     def _save(self, trainer: Trainer) -> str:
         recovery = _recovery(trainer)
         path = recovery.about_to_save(trainer) if recovery else trainer.strategy.broadcast(self._path)
+        self._save_as(trainer, path)
+        return path
+
+    def _save_as(self, trainer: Trainer, path: str) -> None:
         if self._before_validation is None:
-            trainer.save_checkpoint(path, weights_only=False)
-            return path
+            type(trainer).save_checkpoint(trainer, path, weights_only=False)
+            return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["loops"], resume = self._before_validation
         checkpoint["callbacks"][self.key].update(resume)
         trainer.strategy.save_checkpoint(checkpoint, path)
-        return path
 
     def _end(self, trainer: Trainer, number: int, at_once: bool) -> None:
         if number == signal.SIGTERM:
@@ -271,6 +282,12 @@ class _Last(Callback):
 
 def _nothing(number: int, frame: Any) -> None:
     """Handles a signal by doing nothing."""
+
+
+def _one_by_one(handler: Any) -> list[Any]:
+    """The handlers that one of Lightning's is made of; at SIGTERM, where that requeues, it has another inside."""
+    parts = getattr(handler, "signal_handlers", None)
+    return [handler] if parts is None else [one for part in parts for one in _one_by_one(part)]
 
 
 def _signals(trainer: Trainer) -> list[int]:
