@@ -22,7 +22,6 @@ from enstack_lightning.checkpoint.collector import collector_paused
 from enstack_lightning.checkpoint.facts import RunFacts
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import FITTING, Callback, join_imported_flavors, rank_zero_info, rank_zero_warn
-from enstack_lightning.guard.layers import Layers, layers_of, parameters_of
 from enstack_lightning.guard.live import (
     Configured,
     configured,
@@ -56,6 +55,7 @@ from enstack_lightning.guard.loading.repair import (
     repair_trainer,
 )
 from enstack_lightning.guard.loading.resume_report import log_scalars, resume_lines, resume_scalars
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.exactness import lost_guarantees
 from enstack_lightning.guard.restart.loader_position import (
@@ -305,21 +305,20 @@ class CheckpointGuard(Callback):
             self._restart.count_batches_of_another_size()
         if self._loaded is not None and self._is_position_lost(trainer):
             self._loaded = dataclasses.replace(self._loaded, loader_position=False)
-        layers = layers_of(pl_module)
-        named = parameters_of(layers)
-        self._run = run_of(trainer, self._given, named)
+        parts = Parts(pl_module)
+        self._run = run_of(trainer, self._given, parts)
         self._health.start(trainer, self._checkpoint_io)
         self._stop_watching_steps = watch_steps(trainer)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded
         if self.repair:
-            live = trainer_facts(trainer, path, loaded, self._run, named)
+            live = trainer_facts(trainer, path, loaded, self._run, parts)
             self.repairs += repair_trainer(trainer, loaded, live)
             loaded = as_repaired(loaded, live, self.repairs)
             for repair in self.repairs:
                 rank_zero_info(str(repair))
-        facts = trainer_facts(trainer, path, loaded, self._run, named)
+        facts = trainer_facts(trainer, path, loaded, self._run, parts)
         report = report_on(lambda: facts, path, self._options)
         self.report = judged_after_repair(report, self.repairs)
         rates = self._given.learning_rates, learning_rates(trainer)
@@ -328,7 +327,7 @@ class CheckpointGuard(Callback):
             # What hooks that come after this one set is compared with what was held at the save.
             self._restart.when_restored = partial(self._say_what_is_resumed, trainer, self.report, *rates)
         else:
-            self._say_what_is_resumed(trainer, self.report, *rates, layers)
+            self._say_what_is_resumed(trainer, self.report, *rates, parts)
         self._stop_if_refused(self.report)
         if not by_all:  # what one rank alone refuses ends all: the others would wait for it
             raise CheckpointGuardError(f"another rank refused to resume from {path}; its own error says why")
@@ -342,11 +341,11 @@ class CheckpointGuard(Callback):
         report: Report,
         before: tuple[float, ...],
         after: tuple[float, ...],
-        layers: Layers | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        layers = layers_of(trainer.lightning_module) if layers is None else layers
+        parts = parts or Parts(trainer.lightning_module)
         with self._restart.explained() if self._restart is not None else nullcontext():
-            lost = lost_guarantees(report, self._restart, trainer, layers)
+            lost = lost_guarantees(report, self._restart, trainer, parts)
         for line in resume_lines(report, before, after, lost):
             rank_zero_info(line)
 
@@ -394,12 +393,13 @@ class CheckpointGuard(Callback):
     # What is saved in every checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        trainer, run = self._trainer, {}
+        trainer, run, parts = self._trainer, {}, None
         if trainer is not None and self._run is not None:
-            run = run_entries(trainer, self._run, self._loaded)
+            parts = Parts(trainer.lightning_module)
+            run = run_entries(trainer, self._run, self._loaded, parts)
         # The time of day tells which run is the newer one of two that share a folder, whatever their steps.
         known = {"saved_at": time.time(), "run": run, "versions": versions()}
-        return {**known, **capture_resume_state(self._trainer)}
+        return {**known, **capture_resume_state(trainer, parts)}
 
     def _stop_where_nothing_is_left(self, trainer: Trainer, loaded: Facts) -> None:
         """What shows of the run's changes before anything is restored: above all that it would train nothing."""

@@ -23,7 +23,7 @@ from enstack_lightning.checkpoint.readers.lightning import (
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
-from enstack_lightning.guard.layers import layers_of, parameters_of
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.stock_callbacks import epochs_to_train
 from enstack_lightning.guard.training_data import TrainingData, training_data
 
@@ -94,28 +94,23 @@ def _same_content(judged: Facts, loaded: Facts) -> bool:
     return same_entries and all(getattr(judged, name) == getattr(loaded, name) for name in names)
 
 
-def named_parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The module's parameters by name."""
-    return parameters_of(layers_of(trainer.lightning_module))
-
-
 def trainer_facts(
     trainer: Trainer,
     path: str,
     loaded: Facts,
     run: RunFacts | None = None,
-    named: Mapping[str, torch.Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> Facts:
     """Facts of a Trainer whose loops, optimizers and schedulers are restored (from `on_train_start` on).
 
     Args:
         loaded: the facts of the checkpoint it was restored from, with which the rules compare these.
         run: what `run_of` says, where it is known already.
-        named: `named_parameters`, likewise.
+        parts: of its module, likewise.
     """
-    named = named_parameters(trainer) if named is None else named
-    run = run or run_of(trainer, named=named)
-    names = {} if _flattens(trainer) else _names(named)
+    parts = parts or Parts(trainer.lightning_module)
+    run = run or run_of(trainer, parts=parts)
+    names = {} if _flattens(trainer) else _names(parts.parameters)
     progress = progress_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
@@ -141,9 +136,7 @@ def trainer_facts(
     )
 
 
-def run_of(
-    trainer: Trainer, given: Configured | None = None, named: Mapping[str, torch.Tensor] | None = None
-) -> RunFacts:
+def run_of(trainer: Trainer, given: Configured | None = None, parts: Parts | None = None) -> RunFacts:
     """What the run is set to do; known in full once the training loader exists.
 
     Nothing here makes that loader: `Trainer.estimated_stepping_batches` would, before its position is restored, which
@@ -151,7 +144,7 @@ def run_of(
 
     Args:
         given: what the optimizers and schedulers were made with.
-        named: `named_parameters`, where they are known already.
+        parts: of its module, where they are known already.
     """
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return RunFacts(
@@ -166,7 +159,7 @@ def run_of(
         scheduler_options=given.schedulers if given else (),
         optimizer_kinds=tuple(type(o).__name__ for o in trainer.optimizers),
         optimizer_options=given.optimizers if given else (),
-        **_parameters(trainer, named_parameters(trainer) if named is None else named),
+        **_parameters(trainer, parts or Parts(trainer.lightning_module)),
         **_data(trainer),
         seed=int(seed) if seed.isascii() and seed.isdigit() and len(seed) < 19 else None,
     )
@@ -203,7 +196,7 @@ def settings_before_restoring(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[str, Any]:
+def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None, parts: Parts) -> dict[str, Any]:
     """The run as the guard records it in a checkpoint: only what `torch.load(weights_only=True)` allows.
 
     What a restored state has overridden is recorded as it holds, and not as it was given, so that the next resume says
@@ -216,7 +209,7 @@ def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None) -> dict[s
         run = dataclasses.replace(run, scheduler_options=held.scheduler_options)
     if [len(o.param_groups) for o in trainer.optimizers] != [len(o) for o in run.optimizer_options]:
         run = dataclasses.replace(run, optimizer_options=())  # groups that joined later were made by no configuration
-    run = dataclasses.replace(run, **_parameters(trainer, named_parameters(trainer)))
+    run = dataclasses.replace(run, **_parameters(trainer, parts))
     if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         run = dataclasses.replace(run, **_data_of_now(trainer))
     return {name: _listed(value) for name, value in vars(run).items()}
@@ -233,16 +226,16 @@ def _hyper_parameters(module: Any) -> Mapping[str, Any]:
     return plain(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {}
 
 
-def _parameters(trainer: Trainer, named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _parameters(trainer: Trainer, parts: Parts) -> dict[str, Any]:
     """Name and shape of every parameter in its place, as a few hexadecimal digits, and how many are trained."""
-    names = _names(named)
+    names = _names(parts.parameters)
     digests = tuple(
         tuple("".join(_digits(p, names) for p in group["params"]) for group in optimizer.param_groups)
         for optimizer in (() if _flattens(trainer) else trainer.optimizers)
     )
     return {
         "parameter_digests": digests,
-        "trainable_parameters": sum(1 for p in named.values() if p.requires_grad),
+        "trainable_parameters": sum(1 for p in parts.parameters.values() if p.requires_grad),
     }
 
 

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from enstack_lightning import CheckpointGuard
 from enstack_lightning.checkpoint import Finding, Severity, verify_checkpoint
 from enstack_lightning.data.loaders import TrainingSampler
-from enstack_lightning.guard.layers import layers_of
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.exactness import lost_guarantees, of_device
 
 
@@ -127,7 +127,7 @@ def test_each_change_that_a_rule_finds_is_a_guarantee_lost(trained: Path, tmp_pa
 
     def lost(code: str, severity: Severity) -> list[str]:
         found = dataclasses.replace(report, findings=(Finding(code, "drift", severity, "changed"),))
-        return lost_guarantees(found, None, trainer, layers_of(trainer.lightning_module))
+        return lost_guarantees(found, None, trainer, Parts(trainer.lightning_module))
 
     unchanged = lost("CK903", Severity.PASS)
     for code in CHANGES:

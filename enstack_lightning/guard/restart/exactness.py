@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from enstack_lightning.checkpoint import Report, Severity
 from enstack_lightning.checkpoint.wording import many
-from enstack_lightning.guard.layers import Layers, parameters_of
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.lost_by_loaders import lost_by_loaders
 from enstack_lightning.guard.restart.lost_by_others import lost_by_others, other_settings
 from enstack_lightning.guard.restart.module_state import lost_by_module
@@ -37,14 +38,14 @@ _LOST = {
 _NO_POSITION = "loader's position is not in the checkpoint"
 
 
-def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Trainer, layers: Layers) -> list[str]:
+def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Trainer, parts: Parts) -> list[str]:
     """Why the resumed run need not equal the one that never stopped, in short sentences; empty where it will.
 
     Args:
         report: on the live Trainer.
         restart: how its loops are started again; None where nothing is known of the moment that was saved.
         trainer: the Trainer, with everything restored.
-        layers: of its module.
+        parts: of its module.
     """
     changed = {f.code for f in report.findings if f.severity is not Severity.PASS}
     lost = [said for code, said in _LOST.items() if code in changed]
@@ -66,17 +67,16 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append(f"{count} trained twice, since the {why}")
     if restart is not None and restart.order_kept and (said := drawn_anew(trainer)):
         lost.append(said)
-    lost += lost_by_loaders(trainer, restart) + rounded_weights(report, layers)
+    lost += lost_by_loaders(trainer, restart) + rounded_weights(report, parts.parameters)
     if restart is not None:
-        lost += lost_by_module(trainer, layers, restart.resume.get("module"))
-        lost += lost_by_others(trainer, layers, restart.resume.get("others"))
+        lost += lost_by_module(trainer, parts, restart.resume.get("module"))
+        lost += lost_by_others(trainer, parts, restart.resume.get("others"))
         lost += other_settings(trainer, restart.resume.get("settings"))
     return lost + lost_by_callbacks(trainer) + of_device(trainer.strategy.root_device)
 
 
-def rounded_weights(report: Report, layers: Layers) -> list[str]:
+def rounded_weights(report: Report, named: Mapping[str, torch.Tensor]) -> list[str]:
     """Whether weights were saved in another dtype than the run trains, as by a tool that makes checkpoints smaller."""
-    named = parameters_of(layers)
     dtypes = {dtype: str(dtype).removeprefix("torch.") for dtype in {p.dtype for p in named.values()}}
     for tensor in report.facts.saved.tensors if report.facts.saved is not None else ():
         parameter = named.get(tensor.name)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from enstack_lightning.guard.layers import Layers
+from enstack_lightning.guard.parts import Parts
 
 _NOT_THE_USERS = sys.stdlib_module_names | {
     *("torch", "torchdata", "torchmetrics", "torchvision", "numpy", "transformers", "tokenizers", "datasets", "peft"),
@@ -64,15 +64,15 @@ def plain(number: Any) -> Any:
     return int.__int__(number) if isinstance(number, int) else float.__float__(number)
 
 
-def tensors_of(layers: Layers) -> Kept:
-    """The ids of the tensors that are in the layers' state_dict, or are compared as their buffers.
+def tensors_of(parts: Parts) -> Kept:
+    """The ids of the tensors that are in a module's state_dict, or are compared as its buffers.
 
     Most modules hold no other tensor: they are gone through when the first one is met.
     """
     return cache(
         lambda: {
             id(tensor)
-            for _, layer in layers
+            for _, layer in parts.layers
             for tensors in (layer._parameters, layer._buffers)
             for tensor in tensors.values()
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from enstack_lightning.guard.flavor import lightning_base
-from enstack_lightning.guard.layers import Layers
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.held_values import (
     attributes,
     differences,
@@ -47,25 +47,25 @@ def other_settings(trainer: Trainer, saved: dict[str, str] | None) -> list[str]:
     return [f"{name} was {was} and is {now[name]}" for name, was in (saved or {}).items() if now.get(name, was) != was]
 
 
-def capture_others(trainer: Trainer, layers: Layers) -> dict[str, Any]:
+def capture_others(trainer: Trainer, parts: Parts) -> dict[str, Any]:
     """What each holds, as `taken_down` has it, by its class's name."""
     others = ((name, vars(owner).items(), counts) for name, owner, counts in _others(trainer))
-    kept = tensors_of(layers)
+    kept = tensors_of(parts)
     return {name: taken_down({n: v for n, v in held if counts(n, v)}, kept) for name, held, counts in others}
 
 
-def lost_by_others(trainer: Trainer, layers: Layers, saved: dict[str, Any] | None) -> list[str]:
+def lost_by_others(trainer: Trainer, parts: Parts, saved: dict[str, Any] | None) -> list[str]:
     """Why a resumed run need not equal the other one, in short sentences.
 
     Args:
         trainer: the Trainer, with everything restored.
-        layers: of its module.
+        parts: of its module.
         saved: what `capture_others` returned; None where nothing is known.
     """
-    lost, kept = [], tensors_of(layers)
+    lost, kept = [], tensors_of(parts)
     for name, owner, _ in _others(trainer):
-        then = (saved or {}).get(name, {})
-        if said := [phrase for _, phrase in differences(then, attributes(owner), name, kept)]:
+        then = (saved or {}).get(name)
+        if then and (said := [phrase for _, phrase in differences(then, attributes(owner), name, kept)]):
             lost.append(f"{few(said)}, which no state_dict of {name} keeps")
     return lost
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
-from enstack_lightning.guard.layers import Layers
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.held_values import checksum, differences, few, is_users, taken_down, tensors_of
 from enstack_lightning.guard.restart.lost_by_others import names_of_lightning, users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _OURS = ("lightning.", "pytorch_lightning.", "enstack_lightning.")
 
 
-def capture_module_state(trainer: Trainer, layers: Layers, point: str) -> dict[str, Any]:
+def capture_module_state(trainer: Trainer, parts: Parts, point: str) -> dict[str, Any]:
     """What the module holds at a save, as names, numbers and checksums.
 
     Args:
         trainer: the Trainer whose checkpoint is made.
-        layers: of its module.
+        parts: of its module.
         point: the moment of the save.
 
     Returns:
@@ -42,20 +42,20 @@ def capture_module_state(trainer: Trainer, layers: Layers, point: str) -> dict[s
     module = trainer.lightning_module
     known = point != "elsewhere"
     return {
-        "evaluating": _evaluating(trainer, layers, point) if known else None,
+        "evaluating": _evaluating(trainer, parts, point) if known else None,
         "hook": _hook_to_come(module) if known and point != "epoch_start" else None,
-        **taken_down(_held_by(module, layers), tensors_of(layers)),
-        "buffers": dict(_buffers(layers)),
+        **taken_down(_held_by(module, parts), tensors_of(parts)),
+        "buffers": dict(_buffers(parts)),
     }
 
 
 # Layers in training or evaluation
 
 
-def _evaluating(trainer: Trainer, layers: Layers, point: str) -> list[str]:
+def _evaluating(trainer: Trainer, parts: Parts, point: str) -> list[str]:
     """Validation puts all layers into evaluation, and keeps what it goes back to."""
     modes: dict[str, bool] = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if point == "validation_end" else {}
-    return [name for name, layer in layers if not modes.get(name, layer.training)]
+    return [name for name, layer in parts.layers if not modes.get(name, layer.training)]
 
 
 def restore_modes(trainer: Trainer, saved: Mapping[str, Any] | None) -> None:
@@ -94,12 +94,12 @@ def skip_sanity_check(trainer: Trainer) -> Callable[[], None]:
 # Attributes
 
 
-def _held_by(module: LightningModule, layers: Layers) -> dict[str, Any]:
+def _held_by(module: LightningModule, parts: Parts) -> dict[str, Any]:
     """What the module's own code has set, and what layers of the user's classes hold, by name."""
     theirs = names_of_lightning(lightning_base(module, "LightningModule"))
     held = {n: value for n, value in vars(module).items() if n not in theirs and not f"{n}".startswith("_hparams")}
-    users = set(filter(is_users, {type(layer) for _, layer in layers}))
-    for path, layer in layers:
+    users = set(filter(is_users, {type(layer) for _, layer in parts.layers}))
+    for path, layer in parts.layers:
         if path and type(layer) in users and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
             held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
     return held
@@ -110,24 +110,24 @@ def _names_of_layers() -> frozenset[str]:
     return frozenset(vars(torch.nn.Module()))
 
 
-def _buffers(layers: Layers) -> Iterator[tuple[str, int]]:
+def _buffers(parts: Parts) -> Iterator[tuple[str, int]]:
     """Checksums of those that no state_dict has."""
-    for prefix, layer in layers:
+    for prefix, layer in parts.layers:
         for name in layer._non_persistent_buffers_set:
             if (found := checksum(layer._buffers.get(name))) is not None:
                 yield f"{prefix}.{name}" if prefix else f"{name}", found
 
 
-def attributes_lost(trainer: Trainer, layers: Layers, saved: Mapping[str, Any]) -> str | None:
+def attributes_lost(trainer: Trainer, parts: Parts, saved: Mapping[str, Any]) -> str | None:
     """How the module's attributes differ from those that it had at the save; None where they do not."""
     module, searched = trainer.lightning_module, found_by_searches(trainer)
-    found = [said for name, said in _differences(module, layers, saved) if name not in searched]
+    found = [said for name, said in _differences(module, parts, saved) if name not in searched]
     return f"{few(found)}, which no checkpoint keeps" if found else None
 
 
-def _differences(module: LightningModule, layers: Layers, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield from differences(saved, _held_by(module, layers), "self", tensors_of(layers))
-    now = dict(_buffers(layers))
+def _differences(module: LightningModule, parts: Parts, saved: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from differences(saved, _held_by(module, parts), "self", tensors_of(parts))
+    now = dict(_buffers(parts))
     for name, was in saved.get("buffers", {}).items():
         if now.get(name, was) != was:
             yield name, f"the buffer {name} held other values"
@@ -156,12 +156,12 @@ def _hook_to_come(module: LightningModule) -> str | None:
     return None
 
 
-def lost_by_module(trainer: Trainer, layers: Layers, saved: Mapping[str, Any] | None) -> list[str]:
+def lost_by_module(trainer: Trainer, parts: Parts, saved: Mapping[str, Any] | None) -> list[str]:
     """Why the module need not go on as it stood at the save, in short sentences.
 
     Args:
         trainer: the Trainer, with everything restored.
-        layers: of its module.
+        parts: of its module.
         saved: what `capture_module_state` returned; None or empty where nothing is known.
     """
     if not saved:
@@ -172,7 +172,7 @@ def lost_by_module(trainer: Trainer, layers: Layers, saved: Mapping[str, Any] | 
         lost.append(f"{type(module).__name__}.{hook} was to come after the save, and is not called for it")
     if trainer.fit_loop.restarted_mid_epoch:
         lost += [f"{name}.on_train_epoch_start is not called again inside an epoch" for name in _epoch_starts(trainer)]
-    if attributes := attributes_lost(trainer, layers, saved):
+    if attributes := attributes_lost(trainer, parts, saved):
         lost.append(attributes)
     return lost
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from enstack_lightning.guard.flavor import FITTING, is_a
-from enstack_lightning.guard.layers import layers_of
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.ranks import after_exception, gathered
 from enstack_lightning.guard.restart.epoch_state import capture_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import capture_fetched
@@ -46,16 +46,17 @@ STATE_VERSION = 2
 """Of the form of what `capture_resume_state` returns; another form is not restored."""
 
 
-def capture_resume_state(trainer: Any) -> dict[str, Any]:
+def capture_resume_state(trainer: Any, parts: Parts | None = None) -> dict[str, Any]:
     """The entries `version`, `random_state`, of this process, and `resume`, of all; plain values and tensors.
 
     Args:
         trainer: the `Trainer` whose checkpoint is made; None for a guard outside any.
+        parts: of its module, where they are known already.
     """
     state: dict[str, Any] = {"version": STATE_VERSION, "random_state": capture_random_state()}
     if trainer is None or trainer.state.fn != FITTING or not hasattr(trainer.fit_loop, "update_restart_stage"):
         return state
-    point = point_of(trainer)
+    point, parts = point_of(trainer), parts or Parts(trainer.lightning_module)
     mine = {
         "random_state": state["random_state"],
         "epoch": capture_epoch_state(trainer),
@@ -72,7 +73,6 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         mine["statistics"] = running_statistics(trainer)
         # DDP sends rank 0's statistics to all before a forward pass, and not after one inside an accumulation window.
         mine["sync_before_forward"] = getattr(trainer.model, "require_forward_param_sync", None)
-    layers = layers_of(trainer.lightning_module)
     stops_early = bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks))
     state["resume"] = {
         "point": point,
@@ -81,8 +81,8 @@ def capture_resume_state(trainer: Any) -> dict[str, Any]:
         "validation_workers": list(map(_has_lasting_workers, loaders_of(trainer.fit_loop.epoch_loop.val_loop))),
         "frozen": capture_frozen(trainer),
         "reloads": capture_reloads(trainer),
-        "module": capture_module_state(trainer, layers, point),
-        "others": capture_others(trainer, layers),
+        "module": capture_module_state(trainer, parts, point),
+        "others": capture_others(trainer, parts),
         "settings": capture_settings(trainer),
         "ranks": _of_all_ranks(trainer, mine),
     }
