@@ -16,7 +16,7 @@ from genuine import Gan, huggingface_trainer
 from torch import nn
 
 from enstack_lightning.checkpoint import Facts, Format, Options, Report, Verdict, judge, verify_checkpoint
-from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts
+from enstack_lightning.checkpoint.facts import OptimizerFacts, ParamGroupFacts, ProgressFacts, RunFacts, SchedulerFacts
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -133,6 +133,77 @@ def test_a_gradient_scaler_explains_few_steps_fewer_and_not_many() -> None:
     assert findings(lightning([995], 1000), "CK401")[0][0] == "warning"
 
 
+@pytest.mark.parametrize("field", ["MixedPrecision", "scaler_state_dict"])
+@pytest.mark.parametrize(("kind", "severity"), [("dict", "info"), ("OrderedDict", "info"), ("NoneType", "warning")])
+def test_only_a_state_of_a_gradient_scaler_explains_skipped_steps(field: str, kind: str, severity: str) -> None:
+    assert findings(lightning([995], 1000, **{field: kind}), "CK401")[0][0] == severity
+
+
+@pytest.mark.parametrize(
+    ("steps", "counted", "severity"),
+    [(80, 100, "info"), (79, 100, "warning"), (1960, 2000, "info"), (1959, 2000, "warning"), (0, 15, "warning")],
+)
+def test_a_gradient_scaler_skips_up_to_20_steps_or_a_fiftieth_and_not_all(
+    steps: int, counted: int, severity: str
+) -> None:
+    assert findings(lightning([steps], counted, MixedPrecision="dict"), "CK401")[0][0] == severity
+
+
+def test_a_scaler_explains_no_more_than_the_tolerance_where_steps_are_reckoned() -> None:
+    assert findings(original(10, 9850, 1000, scaler_state_dict="dict"), "CK401")[0][0] == "warning"
+
+
+def test_the_scaler_of_transformers_is_a_file_of_its_own(tmp_path: Path) -> None:
+    path = huggingface_trainer(tmp_path, 7, gradient_accumulation_steps=1)
+
+    def behind(state: dict[str, Any]) -> None:
+        for entry in state["state"].values():
+            entry["step"] -= 1
+
+    edited(path / "optimizer.pt", path / "optimizer.pt", behind)
+    assert "1 fewer than expected" in said(verify_checkpoint(path), "CK401", "warning")
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), path / "scaler.pt")
+    assert "1 fewer than expected" in said(verify_checkpoint(path), "CK401", "info")
+
+
+@pytest.mark.parametrize(("steps", "severity"), [(1000, "pass"), (999, "info"), (998, "warning")])
+def test_averaged_weights_end_with_one_step_that_is_none(steps: int, severity: str) -> None:
+    averaging = SchedulerFacts(9, (1e-3,), (1e-3,), (), None, kind="SWALR")
+    facts = lightning([steps], 1000)
+    assert findings(dataclasses.replace(facts, schedulers=(averaging,)), "CK401")[0][0] == severity
+    live = dataclasses.replace(facts, saved=dataclasses.replace(facts, schedulers=(averaging,)))
+    assert findings(live, "CK401")[0][0] == severity
+
+
+def inside(steps: int, counted: int, accumulate: int | None = None, **progress: int | None) -> Facts:
+    """Of a run with ten batches an epoch; in batch 4 of the third, where nothing else is said."""
+    facts = lightning([steps], counted)
+    at = {"epochs_completed": 2, "epochs_begun": 3, "batches_in_epoch": 4, **progress}
+    run = RunFacts(batches_per_epoch=10, accumulate_grad_batches=accumulate)
+    return dataclasses.replace(facts, progress=dataclasses.replace(facts.progress, **at), run=run)
+
+
+ANEW = {
+    "in this epoch": (inside(4, 24), "the last 4 batches and no more"),
+    "an epoch before": (inside(14, 24), "the last 1 epoch and 4 batches and no more"),
+    "an accumulated epoch": (inside(5, 15, 2, epochs_completed=3), "the last 1 epoch and no more"),
+    "in no epoch": (inside(7, 24), ""),
+    "in more batches than an epoch has": (inside(5, 45, batches_in_epoch=25), ""),
+    "in epochs of which some have fewer steps": (inside(5, 11, epochs_begun=2, batches_in_epoch=0), ""),
+    "in an epoch with fewer steps than batches": (inside(10, 12), ""),
+    "in epochs that are not counted": (inside(4, 24, epochs_completed=None), ""),
+    "in batches that are not counted": (inside(4, 24, batches_in_epoch=None), ""),
+}
+
+
+@pytest.mark.parametrize("case", ANEW)
+def test_steps_of_whole_last_epochs_alone_tell_an_optimizer_made_anew(case: str) -> None:
+    facts, words = ANEW[case]
+    ((severity, _, hint),) = findings(facts, "CK401")
+    assert severity == "warning"
+    assert words in hint if words else "made anew" not in hint
+
+
 def test_what_is_certain_was_called_usually_harmless() -> None:
     ((severity, _, hint),) = findings(lightning([17], 10), "CK401")
     assert severity == "error"
@@ -151,6 +222,7 @@ def test_several_optimizers_are_counted_together() -> None:
     assert severity == "warning"
     assert "3 x 300 steps: with 3 optimizers the counter is right and 2 of them are missing here" in hint
     assert findings(lightning([500, -1], 1000), "CK401") == []  # the second keeps no count
+    assert findings(lightning([1000, -1], 1000), "CK401") == []
     assert findings(lightning([1500, -1], 1000), "CK401")[0][0] == "error"
 
 

@@ -105,10 +105,10 @@ def optimizer_step_mismatch(facts: Facts, options: Options) -> Iterator[Outcome]
     if exact and difference < 0 and actual and scales_losses(facts) and size <= max(20, expected.steps // 50):
         yield info(message, "optimizer", "The gradient scaler skips a step on overflow: expected in float16 training.")
         return
-    if exact and difference == -1 and averages_weights(facts):
+    if difference == -1 and averages_weights(facts):
         yield info(message, "optimizer", "Weight averaging ends with an epoch that only updates batch norm: one step.")
         return
-    lost = _lost_optimizer(actual, expected.steps, facts) if difference < 0 else None
+    lost = _lost_optimizer(actual, expected.steps, facts)
     cause = lost or _diagnosis(actual, expected.steps, facts)
     hint = f"{cause} {_OTHER_CHECKPOINT if lost else _size_of(size, exact and difference > 0)}"
     yield (error if exact and difference > 0 else warning)(message, "optimizer", hint)
@@ -182,7 +182,7 @@ def _whole_epochs(actual: int, facts: Facts) -> str | None:
     if not inside and (slower := _steps_an_epoch(facts)):
         per_epoch = min(per_epoch, slower)
     whole, odd = divmod(actual - inside, per_epoch)
-    if odd or not 0 <= whole < p.epochs_completed or actual == 0:
+    if odd or not 0 <= whole < p.epochs_completed:
         return None
     epochs = many(whole, "epoch")
     return epochs if not in_epoch else f"{in_epoch:,} batches" if not whole else f"{epochs} and {in_epoch:,} batches"

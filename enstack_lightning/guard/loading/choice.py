@@ -28,7 +28,7 @@ from enstack_lightning.errors import (
 Fallback = Literal["none", "previous"]
 Verify = Callable[[str], Report]
 
-_NOT_DAMAGE = ("CK100", "CK106", "CK205", "CK7", "CK9")
+_NOT_DAMAGE = ("CK100", "CK106", "CK205", "CK7")
 """Errors of a checkpoint that may be whole: unreadable just now, made for something else, or not vouched for."""
 
 
