@@ -204,6 +204,56 @@ def test_steps_of_whole_last_epochs_alone_tell_an_optimizer_made_anew(case: str)
     assert words in hint if words else "made anew" not in hint
 
 
+def in_batches(batches: int | None, steps: list[int], counted: int, **run: int) -> Facts:
+    """Of a Lightning run whose loop counted so many steps in so many batches."""
+    facts = dataclasses.replace(lightning(steps, counted), run=RunFacts(**run))
+    return dataclasses.replace(facts, progress=dataclasses.replace(facts.progress, batches_trained=batches))
+
+
+def of_transformers(facts: Facts) -> Facts:
+    return dataclasses.replace(facts, format=Format.HUGGINGFACE)
+
+
+def uncounted(facts: Facts) -> Facts:
+    return dataclasses.replace(facts, progress=dataclasses.replace(facts.progress, optimizer_steps=None))
+
+
+LOST, MISSING, FRESH = "the state of another optimizer is missing", "the counter is right and", "looks fresh"
+PAST, TWO_SAVES, SKIPPED = "use_pl_optimizer=False", "put together from two saves", "batches without a loss"
+CAUSES: dict[str, tuple[Facts, str]] = {
+    "one of two": (in_batches(20, [20], 30), LOST),
+    "one of two, accumulated": (in_batches(41, [21], 30, accumulate_grad_batches=2), LOST),
+    "one of two, in more windows than there are": (in_batches(41, [22], 30, accumulate_grad_batches=2), SKIPPED),
+    "one, of transformers": (of_transformers(in_batches(20, [20], 30)), SKIPPED),
+    "both of two": (in_batches(20, [10, 10], 30), SKIPPED),
+    "one without a step": (in_batches(20, [0], 30), FRESH),
+    "one that no loop counted": (uncounted(in_batches(30, [18], 40, batches_per_epoch=20)), FRESH),
+    "one that skipped steps": (in_batches(20, [15], 20), SKIPPED),
+    "one with more steps than batches": (in_batches(20, [25], 30), SKIPPED),
+    "one of two alike": (in_batches(20, [15], 30), MISSING),
+    "one of two alike, boundary": (in_batches(19, [10], 20), MISSING),
+    "one of four alike": (in_batches(10, [10], 40), MISSING),
+    "one of five alike": (in_batches(8, [8], 40), FRESH),
+    "one of two alike, of transformers": (of_transformers(in_batches(15, [10], 20)), FRESH),
+    "a third": (in_batches(7, [7], 20), LOST),
+    "a third, in batches that nobody counted": (in_batches(None, [7], 20), FRESH),
+    "half of the batches": (in_batches(20, [10], 20), FRESH),
+    "past the count of one of two": (in_batches(20, [20, 10], 10), PAST),
+    "past the count of both": (in_batches(20, [20, 10], 0), PAST),
+    "past the count, with no batch": (in_batches(0, [20, 10], 10), TWO_SAVES),
+    "past a count that is of none": (in_batches(20, [20, 10], 15), TWO_SAVES),
+    "of more optimizers than can be tried": (in_batches(20, [2] * 40, 1), TWO_SAVES),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", CAUSES)
+def test_what_an_optimizer_lost_is_told_from_the_batches(case: str) -> None:
+    facts, words = CAUSES[case]
+    ((_, _, hint),) = findings(facts, "CK401")
+    assert words in hint
+
+
 def test_what_is_certain_was_called_usually_harmless() -> None:
     ((severity, _, hint),) = findings(lightning([17], 10), "CK401")
     assert severity == "error"

@@ -223,7 +223,7 @@ def _lost_optimizer(actual: int, expected: int, facts: Facts) -> str | None:
 def _optimizers_missing(actual: int, expected: int, facts: Facts) -> str | None:
     """Lightning counts the steps of all optimizers: a file that holds one of several has a whole fraction of them."""
     held, batches = len(facts.optimizers or ()), _batches_for_steps(facts)
-    if facts.format is not Format.LIGHTNING or actual <= 0 or expected % actual or not 2 <= expected // actual <= 4:
+    if facts.format is not Format.LIGHTNING or actual <= 0 or expected % actual or expected // actual > 4:
         return None
     if batches is not None and expected <= batches:
         return None  # one optimizer, at a step a batch or fewer, explains them all

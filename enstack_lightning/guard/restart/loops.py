@@ -165,10 +165,8 @@ class ExactRestart:
         elif self.point in _EPOCH_DONE:
             _set_restarting(loop, False)
         begun = batch.total.started
-        if self.point in _IN_EPOCH:
-            batch.total.started = (
-                batch.total.ready
-            )  # as if no batch had been None, for Lightning to see where it stands
+        if self.point in _IN_EPOCH:  # a batch of None is never started, and Lightning tells by that where it stands
+            batch.total.started = batch.total.ready
         loop.reset()
         batch.total.started = begun
         if self.point in _EPOCH_DONE:
