@@ -23,6 +23,7 @@ import torch
 
 from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
+from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import give_first
 from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
@@ -199,13 +200,14 @@ class ExactRestart:
             self.trainer._logger_connector._first_loop_iter = batch.ready == 1
 
     def _restore_all(self) -> None:
+        parts = Parts(self.trainer.lightning_module)
         self._make_lasting_workers()
         restore_generators(self.trainer, self.mine.get("generators", {}))
         if self.mine.get("epoch"):
-            restore_epoch_state(self.trainer, self.mine["epoch"])
-        restore_modes(self.trainer, self.resume.get("module"))
+            restore_epoch_state(self.trainer, parts, self.mine["epoch"])
+        restore_modes(parts, self.resume.get("module"))
         self._restore_gradients()
-        self._restore_statistics()
+        self._restore_statistics(parts)
         if self.mine.get("random_state"):
             restore_random_state(self.mine["random_state"])
 
@@ -328,9 +330,9 @@ class ExactRestart:
         elif gradients:
             restore_gradients(self.trainer, gradients)
 
-    def _restore_statistics(self) -> None:
+    def _restore_statistics(self, parts: Parts) -> None:
         saved = self.mine.get("statistics", {})
-        for name, tensor in running_statistics(self.trainer).items():
+        for name, tensor in running_statistics(parts).items() if saved else ():
             tensor.copy_(saved.get(name, tensor))
         if hasattr(self.trainer.model, "require_forward_param_sync") and "sync_before_forward" in self.mine:
             self.trainer.model.require_forward_param_sync = self.mine["sync_before_forward"]

@@ -58,12 +58,12 @@ def _evaluating(trainer: Trainer, parts: Parts, point: str) -> list[str]:
     return [name for name, layer in parts.layers if not modes.get(name, layer.training)]
 
 
-def restore_modes(trainer: Trainer, saved: Mapping[str, Any] | None) -> None:
+def restore_modes(parts: Parts, saved: Mapping[str, Any] | None) -> None:
     """Puts layers into training or evaluation as they were: what sets it at an epoch's start is not called again."""
     evaluating = (saved or {}).get("evaluating")
     if evaluating is None:
         return
-    for name, layer in trainer.lightning_module.named_modules():
+    for name, layer in parts.layers:
         layer.training = name not in evaluating
 
 

@@ -59,7 +59,7 @@ def capture_resume_state(trainer: Any, parts: Parts | None = None) -> dict[str, 
     point, parts = point_of(trainer), parts or Parts(trainer.lightning_module)
     mine = {
         "random_state": state["random_state"],
-        "epoch": capture_epoch_state(trainer),
+        "epoch": capture_epoch_state(trainer, parts),
         "generators": capture_generators(trainer),
         "gradients": {},
         "order": capture_order(trainer),
@@ -70,7 +70,7 @@ def capture_resume_state(trainer: Any, parts: Parts | None = None) -> dict[str, 
         mine["gradients"] = capture_gradients(trainer)
     if trainer.world_size > 1:
         mine["loaders"] = loader_states(trainer)
-        mine["statistics"] = running_statistics(trainer)
+        mine["statistics"] = running_statistics(parts)
         # DDP sends rank 0's statistics to all before a forward pass, and not after one inside an accumulation window.
         mine["sync_before_forward"] = getattr(trainer.model, "require_forward_param_sync", None)
     stops_early = bool(trainer.should_stop) and any(map(stopped_early, trainer.callbacks))
@@ -89,11 +89,11 @@ def capture_resume_state(trainer: Any, parts: Parts | None = None) -> dict[str, 
     return state
 
 
-def running_statistics(trainer: Trainer) -> dict[str, torch.Tensor]:
+def running_statistics(parts: Parts) -> dict[str, torch.Tensor]:
     """The statistics of normalization layers by name; each process has its own, and Lightning saves rank 0's."""
     return {
         f"{name}.{buffer}": tensor
-        for name, module in trainer.lightning_module.named_modules()
+        for name, module in parts.layers
         if getattr(module, "track_running_stats", False)
         for buffer, tensor in module.named_buffers(recurse=False)
     }
