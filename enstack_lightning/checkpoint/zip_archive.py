@@ -219,7 +219,7 @@ def _as_torch_lays_out(columns: _Columns, end: int) -> _Layout | None:
         else b""
         for flag, crc32, size, field in zip(flags, crc32s, sizes, fields, strict=True)
     ]
-    if any(size or crc32 for d, size, crc32 in zip(descriptors, sizes, crc32s, strict=True) if not d):
+    if not all(descriptors) and any(s or c for d, s, c in zip(descriptors, sizes, crc32s, strict=True) if not d):
         return None
     borders = (*headers_at[1:], end)
     offsets = [border - len(d) - size for border, d, size in zip(borders, descriptors, sizes, strict=True)]
