@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest
 import torch
 from builders import TinyModule, every_epoch, quiet_trainer
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
@@ -279,7 +281,7 @@ def test_a_signal_to_a_forked_child_is_the_childs_own_affair(handler: Any, tmp_p
 
 class Handlers(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
-        self.during = [signal.getsignal(number) for number in (TERM, USR1)]
+        self.during = [signal.getsignal(number) for number in (TERM, USR1, USR2)]
 
 
 class Fails(TinyModule):
@@ -297,7 +299,109 @@ def test_handlers_are_as_they_were_afterwards(fails: bool, tmp_path: Path) -> No
     else:
         trained(tmp_path, TinyModule, every_epoch(tmp_path), handlers, max_epochs=1)
     assert [signal.getsignal(number) for number in (TERM, USR1)] == before
-    assert not set(handlers.during) & set(before)
+    assert not set(handlers.during[:2]) & set(before)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    handlers, before = Handlers(), signal.signal(USR1, signal.SIG_IGN)
+    try:
+        trained(tmp_path, TinyModule, every_epoch(tmp_path), handlers, max_epochs=1)
+    finally:
+        signal.signal(USR1, before)
+    assert handlers.during[1] is signal.SIG_IGN
+
+
+def test_in_another_thread_than_the_main_one_no_signal_is_handled(tmp_path: Path) -> None:
+    handlers = Handlers()
+    thread = threading.Thread(target=trained, args=(tmp_path, TinyModule, every_epoch(tmp_path), handlers))
+    thread.start()
+    thread.join()
+    assert handlers.during[1] is signal.SIG_DFL
+    assert (tmp_path / "epoch=2.ckpt").exists()
+
+
+class Kills(Callback):
+    """Signals its own process in a batch, and keeps what handles a child's end after each batch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.of_children: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.of_children.append(signal.getsignal(signal.SIGCHLD))
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), self.number)
+            self.of_children.append(signal.getsignal(signal.SIGCHLD))
+
+
+@pytest.mark.parametrize("number", [TERM, USR1])
+def test_the_end_of_a_child_is_heard_of_again_once_a_signal_is_dealt_with(number: int, tmp_path: Path) -> None:
+    def heard(*_: Any) -> None:
+        """Of a user who hears of children, and of the signal, which then does not end the run."""
+
+    kills, before = Kills(number), {n: signal.signal(n, heard) for n in (signal.SIGCHLD, USR1)}
+    try:
+        with pytest.raises(SystemExit) if number == TERM else nullcontext():
+            trained(tmp_path, TinyModule, every_epoch(tmp_path), kills, max_epochs=1)
+        assert signal.getsignal(signal.SIGCHLD) is heard
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert [of is heard for of in kills.of_children] == [True, True, True, False] + [True] * (2 * (number == USR1))
+
+
+class EndsWithASignal(TinyModule):
+    number = TERM
+
+    def on_train_end(self) -> None:
+        (Path(self.trainer.default_root_dir) / "ended").touch()
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 2:
+            os.kill(os.getpid(), self.number)
+
+
+class EndsWithUsr1(EndsWithASignal):
+    number = USR1
+
+
+class ToldTheEnd(CSVLogger):
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        (Path(self.root_dir) / status).touch()
+
+
+@pytest.mark.parametrize(("kind", "requeues"), [(EndsWithASignal, False), (EndsWithUsr1, False), (EndsWithUsr1, True)])
+def test_a_signal_after_the_last_batch_ends_the_run_as_any_other_unless_it_requeues(
+    kind: type[TinyModule], requeues: bool, tmp_path: Path
+) -> None:
+    def train(tell: Callable[[], None]) -> None:
+        tell()
+        with slurm(tmp_path / "bin") if requeues else nullcontext():
+            options = {"plugins": [SLURMEnvironment()]} if requeues else {}
+            logger = ToldTheEnd(tmp_path, "log")
+            trained(tmp_path, kind, every_epoch(tmp_path), logger=logger, log_every_n_steps=1, **options)
+            (tmp_path / "went on").touch()
+
+    assert signalled(train)[0] == (-USR1 if kind is EndsWithUsr1 and not requeues else 0)
+    assert (tmp_path / "went on").exists() == requeues
+    assert (tmp_path / "log" / ("success" if requeues else "failed")).exists()
+    assert (tmp_path / "epoch=2.ckpt").exists()
+
+
+def test_averaged_weights_that_a_validation_has_are_not_those_that_are_trained_on(tmp_path: Path) -> None:
+    options = {"val_check_interval": 2}
+    whole = trained(tmp_path / "whole", Validated, every_epoch(tmp_path / "whole"), WeightAveraging(), **options)
+
+    def train(tell: Callable[[], None]) -> None:
+        callbacks = every_epoch(tmp_path), WeightAveraging(), Pause(5, tell, validation=True)
+        trained(tmp_path, Validated, *callbacks, **options)
+
+    assert signalled(train, (0, TERM))[0] == 0
+    again = every_epoch(tmp_path), WeightAveraging()
+    resumed = trained(tmp_path, Validated, *again, seed=9, ckpt_path=checked(tmp_path / RECOVERY), **options)
+    assert resumed.losses == whole.losses[5:]
+    assert same_weights(resumed, whole)
 
 
 @pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"fast_dev_run": True}])
@@ -427,6 +531,14 @@ def test_a_job_that_is_requeued_at_sigterm_was_saved_in_the_middle_of_the_batch(
     resumed = trained(tmp_path / "again", TinyModule, every_epoch(tmp_path / "again"), ckpt_path=path)
     assert resumed.rows == module.rows[7:]
     assert same_weights(resumed, module)
+
+
+def test_a_signal_that_no_job_is_requeued_by_is_left_alone(tmp_path: Path) -> None:
+    handlers = Handlers()
+    with slurm(tmp_path / "bin"):
+        plugins = [SLURMEnvironment(auto_requeue=False, requeue_signal=USR2)]
+        trained(tmp_path, TinyModule, every_epoch(tmp_path), handlers, plugins=plugins, max_epochs=1)
+    assert handlers.during[2] is signal.SIG_DFL
 
 
 def test_a_job_that_is_requeued_in_a_validation_lost_that_validation(tmp_path: Path) -> None:
