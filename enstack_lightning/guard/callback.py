@@ -58,6 +58,7 @@ from enstack_lightning.guard.loading.resume_report import log_scalars, resume_li
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.exactness import lost_guarantees
+from enstack_lightning.guard.restart.layer_options import changed_options, options_of
 from enstack_lightning.guard.restart.loader_position import (
     keep_random_state_of_workers,
     keeps_every_position,
@@ -179,6 +180,7 @@ class CheckpointGuard(Callback):
         self._decision = Decision(None)
         self._given = Configured()
         self._run: RunFacts | None = None
+        self._options_at_start: dict[str, float] = {}
         self._trainer: Trainer | None = None
         self._restart: ExactRestart | None = None
         self._stop_watching_steps: Callable[[], None] | None = None
@@ -307,6 +309,7 @@ class CheckpointGuard(Callback):
             self._loaded = dataclasses.replace(self._loaded, loader_position=False)
         parts = Parts(pl_module)
         self._run = run_of(trainer, self._given, parts)
+        self._options_at_start = options_of(parts)
         self._health.start(trainer, self._checkpoint_io)
         self._stop_watching_steps = watch_steps(trainer)
         if self._loaded is None:
@@ -393,12 +396,13 @@ class CheckpointGuard(Callback):
     # What is saved in every checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        trainer, run, parts = self._trainer, {}, None
+        trainer, run, parts, options = self._trainer, {}, None, {}
         if trainer is not None and self._run is not None:
             parts = Parts(trainer.lightning_module)
             run = run_entries(trainer, self._run, self._loaded, parts)
+            options = changed_options(parts, self._options_at_start)
         # The time of day tells which run is the newer one of two that share a folder, whatever their steps.
-        known = {"saved_at": time.time(), "run": run, "versions": versions()}
+        known = {"saved_at": time.time(), "run": run, "versions": versions(), "options": options}
         return {**known, **capture_resume_state(trainer, parts)}
 
     def _stop_where_nothing_is_left(self, trainer: Trainer, loaded: Facts) -> None:

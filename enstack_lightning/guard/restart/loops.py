@@ -26,6 +26,7 @@ from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
 from enstack_lightning.guard.restart.fetched_ahead import give_first
+from enstack_lightning.guard.restart.layer_options import restore_options
 from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.module_state import restore_modes, skip_sanity_check
 from enstack_lightning.guard.restart.part_gradients import restore_gradients
@@ -87,6 +88,7 @@ class ExactRestart:
         ranks = self.resume.pop("ranks", None) or [{"random_state": state.get("random_state")}]
         self.point = self.resume.get("point", "elsewhere")
         self.batch_size = (state.get("run") or {}).get("batch_size")
+        self.options: dict[str, Any] = state.get("options") or {}
         self._give_searches_back: Callable[[], None] = lambda: None
         self._give_sanity_check_back: Callable[[], None] = lambda: None
         self.when_restored: Callable[[], None] | None = None
@@ -206,6 +208,7 @@ class ExactRestart:
         if self.mine.get("epoch"):
             restore_epoch_state(self.trainer, parts, self.mine["epoch"])
         restore_modes(parts, self.resume.get("module"))
+        restore_options(parts, self.options)
         self._restore_gradients()
         self._restore_statistics(parts)
         if self.mine.get("random_state"):
