@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 import torch
 from builders import SavesAsEpochsBegin, quiet_trainer
-from exact_runs import BATCH_SIZE, BATCHES, Everywhere, InMemory, Recorded, differences, train
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Everywhere, InMemory, Recorded, differences, train
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
+from torch import Tensor
 from torch.utils.data import default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -73,15 +80,55 @@ def test_what_is_saved_as_a_hook_fails_is_not_called_exact(
     assert exactness(caplog).startswith("not promised: it was saved " + ("in" if kind is AtAnEpochsStart else "at no"))
 
 
-def test_a_batch_whose_last_hook_failed_was_the_end_of_a_plain_loaders_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["sampler", "plain"])
+def test_a_batch_whose_last_hook_failed_was_the_end_of_a_plain_loaders_order(order: str, tmp_path: Path) -> None:
     """Its step is done: Lightning goes on with the next one."""
-    module = {"order": "plain"}
+    module = {"order": order}
     with pytest.raises(Stopped):
         train(tmp_path, module, {}, callbacks=(OnExceptionCheckpoint(tmp_path, "stopped"),), kind=AtABatchsEnd)
     whole = train(tmp_path / "whole", module, {})
     again = train(tmp_path / "again", module, {}, tmp_path / "stopped.ckpt", seed=9, kind=AtABatchsEnd)
     rows = [[event[4] for event in run["events"] if event[0] == "step" and event[1] == 1] for run in (whole, again)]
     assert rows[0][1:] == rows[1]
+
+
+class AtTheLastBatchsEnd(Recorded):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BATCHES - 1:
+            stop_once(self)
+
+
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "plain"])
+@pytest.mark.parametrize("kind", [AtTheLastBatchsEnd, InValidation])
+def test_what_failed_after_an_epochs_last_batch_leaves_the_next_epoch_whole(
+    kind: type[Recorded], order: str, tmp_path: Path
+) -> None:
+    saves = OnExceptionCheckpoint(tmp_path, "stopped")
+    with pytest.raises(Stopped):
+        train(tmp_path, {"order": order}, {}, callbacks=(saves,), kind=kind)
+    again = train(tmp_path / "again", {"order": order}, {}, tmp_path / "stopped.ckpt", seed=9, kind=kind)
+    steps = [event for event in again["events"] if event[0] == "step"]
+    assert {event[1] for event in steps} == {2}
+    assert sorted(row for event in steps for row in event[4]) == list(range(ROWS))
+
+
+class InAStep(Recorded):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            stop_once(self)
+        return super().training_step(batch, batch_idx)
+
+
+def test_gradients_are_accumulated_as_the_epoch_has_it_after_a_step_that_failed_in_it(tmp_path: Path) -> None:
+    def scheduler() -> Callback:
+        return GradientAccumulationScheduler({0: 1, 1: 2})
+
+    module = {"order": "plain"}
+    callbacks = scheduler(), OnExceptionCheckpoint(tmp_path, "stopped")
+    with pytest.raises(Stopped):
+        train(tmp_path, module, {}, callbacks=callbacks, kind=InAStep)
+    again = train(tmp_path / "again", module, {}, tmp_path / "stopped.ckpt", (scheduler(),), kind=InAStep)
+    assert again["counters"]["optimizer"]["total"]["completed"] == BATCHES + 2 * -(-BATCHES // 2)
 
 
 def nothing_of_row_10(rows: list[Any]) -> Any:
@@ -250,6 +297,7 @@ def early_stopping(**options: Any) -> EarlyStopping:
 STOPS: dict[str, tuple[type[Recorded], Callback, str, bool, bool]] = {
     # the save after, whether it stops early again, whether it is said that it trains on
     "patience": (Recorded, early_stopping(patience=1, min_delta=10.0), "validation-2", True, False),
+    "at an epoch's end": (Recorded, EarlyStopping("val_loss", patience=1, min_delta=10.0), "epoch-2", True, False),
     "a threshold": (Recorded, early_stopping(patience=9, stopping_threshold=10.0), "validation-1", True, False),
     "the module": (StopsItself, early_stopping(patience=9), "epoch-1", False, True),
     "a time limit": (Recorded, Timer(timedelta(microseconds=1)), "epoch-1", False, False),
@@ -269,9 +317,9 @@ def test_a_run_stops_again_only_where_it_had_stopped_early(stop: str, tmp_path: 
     assert why_it_stops(path) == tuple(wanted)
     again = train(tmp_path / "again", {}, {}, path, (copy.deepcopy(callback),), saves=None)
     if wanted[0]:
-        assert [event[0] for event in again["events"]] == ["epoch", "end"]
-        (after,) = (tmp_path / "again").glob("*.ckpt")
-        assert why_it_stops(after) == tuple(wanted)
+        assert [event[0] for event in again["events"]] == ["epoch", "end"][name == "epoch-2" :]
+        for after in (tmp_path / "again").glob("*.ckpt"):
+            assert why_it_stops(after) == tuple(wanted)
 
 
 def test_a_trainer_that_stopped_early_and_is_told_to_fit_on_saves_that_it_does(tmp_path: Path) -> None:
