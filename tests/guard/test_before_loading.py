@@ -420,6 +420,11 @@ def test_strict_falls_back_from_warnings(trained: Path, run: Path, tmp_path: Pat
     with pytest.warns(UserWarning, match=r"loading .*step=5\.ckpt instead of .*strict is set: CK401"):
         resume(run / "step=7.ckpt", tmp_path, fallback(strict=True))
     assert (run / "step=7.ckpt").exists()
+    edited(
+        trained / "step=5.ckpt", run / "step=5.ckpt", lambda c: c["optimizer_states"][0]["state"][0].update(step=4.0)
+    )
+    with pytest.warns(UserWarning, match=r"loading .*step=3\.ckpt instead of .*step=7\.ckpt"):
+        resume(run / "step=7.ckpt", tmp_path, fallback(strict=True))
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS[1:])
