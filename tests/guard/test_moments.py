@@ -81,7 +81,7 @@ def test_what_is_saved_as_a_hook_fails_is_not_called_exact(
 
 
 @pytest.mark.parametrize("order", ["sampler", "plain"])
-def test_a_batch_whose_last_hook_failed_was_the_end_of_a_plain_loaders_order(order: str, tmp_path: Path) -> None:
+def test_a_batch_whose_last_hook_failed_is_passed_over_by_any_loader(order: str, tmp_path: Path) -> None:
     """Its step is done: Lightning goes on with the next one."""
     module = {"order": order}
     with pytest.raises(Stopped):
@@ -145,9 +145,7 @@ class Skipping(Recorded):
         )
 
 
-def test_after_a_batch_of_none_every_save_was_of_no_moment_and_log_lines_were_counted_on_by_two(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_batches_of_none_count_in_the_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = ("batch-2", "batch-3", f"batch-{BATCHES}", "validation-1", "epoch-1", f"batch-{BATCHES + 2}")
     whole = train(tmp_path, {}, {"max_epochs": 2}, saves=names, kind=Skipping)
     assert sum(event[0] == "step" for event in whole["events"]) == 2 * (BATCHES - 1)
@@ -245,7 +243,7 @@ class Signalled(Callback):
 
 
 @pytest.mark.parametrize("guards_signals", [True, False])
-def test_a_save_on_a_signals_exception_before_a_validation_is_done_was_called_exact(
+def test_a_save_on_a_signals_exception_before_a_validation_is_done_is_not_called_exact(
     guards_signals: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The guard raises it in the batch's last hook where a validation is due, and Lightning inside the validation."""

@@ -516,7 +516,7 @@ def test_slurms_requeueing_saves_after_the_batch(number: signal.Signals, tmp_pat
     assert same_weights(resumed, module)
 
 
-def test_a_job_that_is_requeued_at_sigterm_was_saved_in_the_middle_of_the_batch(tmp_path: Path) -> None:
+def test_a_job_that_is_requeued_at_sigterm_is_saved_at_the_end_of_the_batch(tmp_path: Path) -> None:
     module = trained(tmp_path / "whole", TinyModule, every_epoch(tmp_path / "whole"))
 
     def train(tell: Callable[[], None]) -> None:
@@ -541,7 +541,7 @@ def test_a_signal_that_no_job_is_requeued_by_is_left_alone(tmp_path: Path) -> No
     assert handlers.during[2] is signal.SIG_DFL
 
 
-def test_a_job_that_is_requeued_in_a_validation_lost_that_validation(tmp_path: Path) -> None:
+def test_a_job_that_is_requeued_in_a_validation_validates_anew(tmp_path: Path) -> None:
     options = {"val_check_interval": 2}
     whole = trained(tmp_path / "whole", Validated, every_epoch(tmp_path / "whole"), **options)
 
@@ -561,7 +561,7 @@ def test_a_job_that_is_requeued_in_a_validation_lost_that_validation(tmp_path: P
     assert same_weights(resumed, whole)
 
 
-def test_workers_that_get_slurms_signal_too_saved_and_requeued_as_well(tmp_path: Path) -> None:
+def test_workers_that_get_slurms_signal_too_neither_save_nor_requeue(tmp_path: Path) -> None:
     def train(tell: Callable[[], None]) -> None:
         with slurm(tmp_path / "bin"):
             trained(tmp_path, Workers, every_epoch(tmp_path), Pause(7, tell), plugins=[SLURMEnvironment()])
