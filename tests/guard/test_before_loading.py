@@ -16,16 +16,18 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from builders import TinyModule, edited, enstack_folder, every_step, flip_bit, quiet_trainer, truncate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
-from enstack_lightning.checkpoint import report_on
+from enstack_lightning.checkpoint import report_on, verify_checkpoint
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts
 from enstack_lightning.checkpoint.manifest import write_manifest
 from enstack_lightning.guard.loading.choice import checkpoints_beside, set_aside
+from enstack_lightning.guard.loading.passed_over import passed_over
 from enstack_lightning.guard.loading.renamed import forget_renamed
 
 ENTRY_POINTS = ("fit", "validate", "test", "predict")
@@ -103,15 +105,26 @@ def test_a_bad_file_is_refused_by_path_and_by_url(
     assert not loads
 
 
-@pytest.mark.parametrize(("recovery", "age"), [("step=7", 10), ("step=7", -10), ("step=3", 10), ("damaged", 10)])
+def set_ahead(checkpoint: dict[str, Any]) -> None:
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        state["step"] = torch.tensor(12.0)
+
+
+@pytest.mark.parametrize(
+    ("recovery", "age"),
+    [("step=7", 10), ("step=7", -10), ("step=5", 10), ("step=3", 10), ("damaged", 10), ("refused", 10)],
+)
 def test_a_recovery_checkpoint_that_last_passes_over_is_said(
     recovery: str, age: int, run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Lightning's search for the last checkpoint looks for files called `last`."""
     (tmp_path / "saved").mkdir()
     last = Path(shutil.copy(run / "step=5.ckpt", tmp_path / "saved" / "last.ckpt"))
-    kept = Path(shutil.copy(cut(run / "step=7.ckpt") if recovery == "damaged" else run / f"{recovery}.ckpt", tmp_path))
-    kept = kept.rename(last.with_name("recovery_checkpoint.ckpt"))
+    kept = last.with_name("recovery_checkpoint.ckpt")
+    if recovery == "refused":
+        edited(run / "step=7.ckpt", kept, set_ahead)
+    else:
+        shutil.copy(cut(run / "step=7.ckpt") if recovery == "damaged" else run / f"{recovery}.ckpt", kept)
     os.utime(kept, (last.stat().st_atime, last.stat().st_mtime + age))
     callback = ModelCheckpoint(tmp_path / "saved", save_last=True)
     resumed = quiet_trainer(tmp_path, CheckpointGuard(), callback, enable_checkpointing=True)
@@ -119,6 +132,36 @@ def test_a_recovery_checkpoint_that_last_passes_over_is_said(
     said = [str(w.message) for w in recwarn if "are trained again" in str(w.message)]
     assert bool(said) == (recovery == "step=7" and age > 0)
     assert not said or f"{kept} holds 7 steps and {last}, which is loaded, 5: 2 are trained again" in said[0]
+
+
+def test_a_recovery_checkpoint_that_was_asked_for_is_taken(
+    run: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The younger one beside it is another run's."""
+    asked = (run / "step=5.ckpt").rename(run / "recovery_checkpoint.ckpt")
+    (run / "step=7.ckpt").rename(run / "recovery_checkpoint-v1.ckpt")
+    os.utime(asked, (0, 0))
+    resume(asked, tmp_path, CheckpointGuard())
+    assert not [w for w in recwarn if "are trained again" in str(w.message)]
+
+
+def sharded(source: Path, folder: Path) -> Path:
+    """A checkpoint of Lightning in the form in which strategies that shard save it."""
+    meta = torch.load(source, weights_only=True)
+    state = {"state_dict": meta.pop("state_dict"), "optimizer_0": meta.pop("optimizer_states")[0]}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    torch.save(meta, folder / "meta.pt")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_recovery_checkpoint_in_shards_is_said_beside_one_in_shards_only(run: Path) -> None:
+    recovery = sharded(run / "step=7.ckpt", run / "recovery_checkpoint.ckpt")
+    last = sharded(run / "step=3.ckpt", run / "last.ckpt")
+    os.utime(recovery, (last.stat().st_atime, last.stat().st_mtime + 10))
+    said = passed_over(verify_checkpoint(last), verify_checkpoint)
+    assert f"{recovery} holds 7 steps and {last}, which is loaded, 3: 4 are trained again" in said
+    assert passed_over(verify_checkpoint(run / "step=3.ckpt"), verify_checkpoint) == ""
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -497,6 +540,52 @@ def test_a_last_and_a_best_one_that_were_set_aside_are_forgotten(tmp_path: Path)
     state = {"best_model_path": best, "best_model_score": 0.5, "best_k_models": {}, "last_model_path": last}
     forget_renamed({"callbacks": {"saves": state}}, [best, last])
     assert state == {"best_model_path": "", "best_model_score": None, "best_k_models": {}, "last_model_path": ""}
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("full", [True, False])
+def test_the_best_of_those_that_are_left_is_the_best_one(mode: Any, full: bool, tmp_path: Path) -> None:
+    """By the state of a callback of that mode, and in a new one that is given it."""
+    scores = {str(tmp_path / name): torch.tensor(score) for name, score in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    left, gone = (("b", "c"), "a") if mode == "min" else (("b", "a"), "c")
+    saves = ModelCheckpoint(tmp_path, monitor="score", mode=mode, save_top_k=3 if full else 4)
+    saves.best_k_models = dict(scores)
+    saves.best_model_path, saves.best_model_score = str(tmp_path / gone), scores[str(tmp_path / gone)]
+    if full:
+        saves.kth_best_model_path = str(tmp_path / left[1])
+        saves.kth_value = scores[saves.kth_best_model_path]
+    state = saves.state_dict()
+    forget_renamed({"callbacks": {"other": 3, "saves": state}}, [os.path.relpath(tmp_path / gone)])
+    again = ModelCheckpoint(tmp_path, monitor="score", mode=mode, save_top_k=3 if full else 4)
+    again.load_state_dict(state)
+    assert set(again.best_k_models) == {str(tmp_path / name) for name in left}
+    assert again.best_model_path == str(tmp_path / left[0])
+    assert again.best_model_score == scores[again.best_model_path]
+    assert again.kth_best_model_path == ""
+
+
+def test_a_best_one_that_stays_is_the_best_one_still(tmp_path: Path) -> None:
+    best, other = str(tmp_path / "a"), str(tmp_path / "b")
+    scores = {best: torch.tensor(2.0), other: torch.tensor(1.0)}
+    state = {
+        "best_model_path": best,
+        "best_model_score": scores[best],
+        "best_k_models": scores,
+        "last_model_path": best,
+    }
+    forget_renamed({"callbacks": {"saves": state}}, [other])
+    assert (state["best_model_path"], state["best_model_score"], state["last_model_path"]) == (best, scores[best], best)
+    assert state["best_k_models"] == {best: scores[best]}
+
+
+def test_states_of_other_versions_are_forgotten_from_as_well(tmp_path: Path) -> None:
+    """Lightning 1.5 kept neither the list nor the last path; what tells which way a score is better may lack too."""
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    old = {"best_model_path": a, "best_model_score": 0.5}
+    unknown = {**old, "best_k_models": {a: 0.5, b: 0.2, c: 0.4}, "last_model_path": None}
+    forget_renamed({"callbacks": {"old": old, "unknown": unknown}}, [a])
+    assert old == {"best_model_path": "", "best_model_score": None}
+    assert (unknown["best_model_path"], unknown["best_model_score"]) == (c, 0.4)
 
 
 def test_a_hidden_name_is_that_of_no_checkpoint_to_fall_back_to(tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ def passed_over(loaded: Report, verify: Callable[[str], Report]) -> str:
     `ckpt_path="last"` looks for files called `last` only, and passes over what was saved when a signal ended the run.
     """
     path = local_path(loaded.path)
-    if not path or not path.exists():
+    if path is None:
         return ""
     plain = path.with_name(f"{RECOVERY_NAME}.ckpt")
-    beside = [plain.with_name(name) for name in recovery_names(locate(plain))]
-    recovery = max((p for p in beside if p.is_file()), key=lambda p: p.stat().st_mtime, default=path)
-    if path in beside or not beside or recovery.stat().st_mtime < path.stat().st_mtime:
+    found = [plain.with_name(name) for name in recovery_names(locate(plain))]
+    beside = [p for p in found if (p.is_file() if path.is_file() else p.is_dir())]  # what loads one can load the other
+    if not beside or path in beside:
+        return ""
+    recovery = max(beside, key=lambda p: p.stat().st_mtime)
+    if recovery.stat().st_mtime < path.stat().st_mtime:
         return ""
     report = verify(str(recovery))
     steps, mine = report.facts.progress.global_step, loaded.facts.progress.global_step

@@ -17,29 +17,25 @@ def forget_renamed(checkpoint: dict[str, Any], renamed: Collection[str]) -> None
         checkpoint: the loaded dict; its `callbacks` are changed.
         renamed: the old paths.
     """
-    gone = {_real(path) for path in renamed}
-    for state in (checkpoint.get("callbacks") or {}).values() if gone else ():
+    gone = {os.path.realpath(path) for path in renamed}
+    for state in checkpoint["callbacks"].values():
         if isinstance(state, dict) and "best_model_path" in state:
             _forget(state, gone)
 
 
 def _forget(state: dict[str, Any], gone: set[str]) -> None:
     scores = state.get("best_k_models") or {}
-    kept = {path: score for path, score in scores.items() if _real(path) not in gone}
+    kept = {path: score for path, score in scores.items() if os.path.realpath(path) not in gone}
     if len(kept) < len(scores):
         state["best_k_models"] = kept
         # Looked at only when the list is full, and set anew then.
         worst = state.pop("kth_value", None)
         state.pop("kth_best_model_path", None)
-        if _real(state["best_model_path"]) in gone:
+        if os.path.realpath(state["best_model_path"]) in gone:
             more_is_better = worst is None or bool(state["best_model_score"] >= worst)
             best = (max if more_is_better else min)(kept, key=lambda path: float(kept[path]), default="")
             state["best_model_path"], state["best_model_score"] = best, kept.get(best)
-    elif _real(state["best_model_path"]) in gone:
+    elif os.path.realpath(state["best_model_path"]) in gone:
         state["best_model_path"], state["best_model_score"] = "", None
-    if _real(state.get("last_model_path") or "") in gone:
+    if os.path.realpath(state.get("last_model_path") or "") in gone:
         state["last_model_path"] = ""
-
-
-def _real(path: str) -> str:
-    return path if not path or "://" in path else os.path.realpath(path)
