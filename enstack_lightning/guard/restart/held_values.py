@@ -64,6 +64,12 @@ def plain(number: Any) -> Any:
     return int.__int__(number) if isinstance(number, int) else float.__float__(number)
 
 
+@cache
+def names_of_layers() -> frozenset[str]:
+    """The attributes that torch gives every layer."""
+    return frozenset(vars(torch.nn.Module()))
+
+
 def tensors_of(parts: Parts) -> Kept:
     """The ids of the tensors that are in a module's state_dict, or are compared as its buffers.
 

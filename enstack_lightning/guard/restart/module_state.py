@@ -9,14 +9,21 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from enstack_lightning.guard.flavor import is_a, lightning_base
 from enstack_lightning.guard.parts import Parts
-from enstack_lightning.guard.restart.held_values import checksum, differences, few, is_users, taken_down, tensors_of
+from enstack_lightning.guard.restart.held_values import (
+    checksum,
+    differences,
+    few,
+    is_users,
+    names_of_layers,
+    taken_down,
+    tensors_of,
+)
 from enstack_lightning.guard.restart.lost_by_others import names_of_lightning, users_callbacks
 from enstack_lightning.guard.restart.stock_callbacks import begins_epoch_anew, found_by_searches
 
@@ -101,13 +108,8 @@ def _held_by(module: LightningModule, parts: Parts) -> dict[str, Any]:
     users = set(filter(is_users, {type(layer) for _, layer in parts.layers}))
     for path, layer in parts.layers:
         if path and type(layer) in users and "_defaults" not in vars(layer):  # a metric's is kept with the epoch
-            held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in _names_of_layers()}
+            held |= {f"{path}.{n}": value for n, value in vars(layer).items() if n not in names_of_layers()}
     return held
-
-
-@cache
-def _names_of_layers() -> frozenset[str]:
-    return frozenset(vars(torch.nn.Module()))
 
 
 def _buffers(parts: Parts) -> Iterator[tuple[str, int]]:
