@@ -24,6 +24,7 @@ def layers(rate: float = 0.3) -> nn.Sequential:
 
 def test_options_are_the_floats_of_layers_that_are_neither_the_users_nor_metrics() -> None:
     assert options_of(Parts(layers())) == {"1.p": 0.3, "2.0.negative_slope": 0.1}
+    assert options_of(Parts(nn.Sequential(nn.Dropout(0), nn.Dropout(0.3)))) == {"1.p": 0.3}
 
 
 def test_only_what_differs_and_is_there_still_is_saved() -> None:
