@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import BATCHES, TinyModule, every_step, quiet_trainer
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
@@ -23,7 +23,7 @@ from enstack_lightning.checkpoint.verify import verify_checkpoint
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.loading.choice import choose_newest
 from enstack_lightning.guard.training import nonfinite
-from enstack_lightning.guard.training.nonfinite import NonfiniteWatch, nonfinite_among
+from enstack_lightning.guard.training.nonfinite import NonfiniteWatch, names_of, nonfinite_among
 
 NAN, INF = float("nan"), float("inf")
 
@@ -212,6 +212,71 @@ def test_a_step_that_the_scaler_skips_is_not_reported(tmp_path: Path) -> None:
     assert fit(tmp_path, module, plugins=[scaled()]) == []
     assert finite(module)
     assert len(about_steps(fit(tmp_path, Sick(3), plugins=[scaled()]))) == 1
+
+
+class Large(TinyModule):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().training_step(batch) + 1000
+
+
+def test_a_loss_that_is_not_finite_once_it_is_scaled_is_not_reported(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    assert fit(tmp_path, Large(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=1) == []
+
+
+class Backward(Sick):
+    """Has its backward pass itself, where no hook sees the loss; its first step comes before any gradient."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__(*steps)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        optimizer: Any = self.optimizers()
+        if not self.seen:
+            optimizer.step()
+        optimizer.zero_grad()
+        super().training_step(batch).backward()
+        optimizer.step()
+
+
+def test_gradients_alone_tell_where_a_run_of_bad_steps_ends(tmp_path: Path) -> None:
+    said = about_steps(fit(tmp_path, Backward(2, 3, 8), Healed(), max_epochs=2))
+    assert [s.partition(" in step ")[2].split(" ")[0] for s in said] == ["4", "10"]
+
+
+def test_losses_alone_tell_where_a_run_of_bad_steps_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonfinite, "_CHEAP_SECONDS", -1.0)
+    monkeypatch.setattr(nonfinite, "_SHARE", 0.0)
+    said = about_steps(fit(tmp_path, Sick(2, 3, 8), Healed(), max_epochs=2))
+    assert [s.partition(" in step ")[2].split(" ")[0] for s in said] == ["3", "9"]
+
+
+def test_a_look_that_costs_a_small_share_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonfinite, "_CHEAP_SECONDS", -1.0)
+    monkeypatch.setattr(nonfinite, "_SHARE", INF)
+    (said,) = about_steps(fit(tmp_path, SickGradient(6)))
+    assert "the gradient norm is not finite for second.weight in step 7 (epoch 1)" in said
+
+
+class SavesOnException(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_what_is_saved_when_a_bad_step_ends_the_run_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointGuardError, match="in step 7 "):
+        fit(tmp_path, Sick(6), SavesOnException(tmp_path / "end.ckpt"), action="raise")
+    assert torch.load(tmp_path / "end.ckpt")["global_step"] == 6
+
+
+def test_parameters_outside_the_module_are_counted() -> None:
+    module, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    wanted = [*other.parameters(), module.bias]
+    assert names_of(module, wanted) == ["bias", "parameter 1 outside the module", "parameter 2 outside the module"]
 
 
 def test_a_look_that_would_cost_too_much_is_taken_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +488,106 @@ class Mask(TinyModule):
         return loss
 
 
+class Records(TinyModule):
+    """Keeps its largest loss in a frozen parameter, and leaves one parameter unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.unused = torch.nn.Parameter(torch.zeros(2))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.largest.fill_(INF)
+        return super().training_step(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["unused"]
+
+
+class Odd(torch.optim.AdamW):
+    """Keeps more than moments, as an optimizer of the user's own may."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for state in [s for s in self.state.values() if isinstance(s, dict)]:
+            state.update(best=torch.tensor(INF), sum=INF, prev=None)
+        self.state["calls"] = 1
+        return loss
+
+
+class Odder(Records):
+    def configure_optimizers(self) -> Any:
+        return Odd(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("module", [Records, Odder])
+def test_infinities_that_are_neither_weights_nor_moments_are_no_alarm(module: type[Records], tmp_path: Path) -> None:
+    trained, path = module(), tmp_path / "mine.ckpt"
+    said = fit(tmp_path, trained, every_step(tmp_path), SavesByHand(path), max_epochs=1)
+    assert [s for s in said if "not finite" in s] == []
+    assert ckpts(tmp_path) == ["mine.ckpt", *(f"step={n}.ckpt" for n in range(1, BATCHES + 1))]
+    kept = torch.load(path)["optimizer_states"][0]["state"]
+    assert [key for key in kept if key != "calls"] == [2, 3], "looking at them makes no state"
+
+
+def test_each_run_of_bad_saves_is_saved_once_and_the_last_one_kept(tmp_path: Path) -> None:
+    saves = every_step(tmp_path)
+    with pytest.warns(UserWarning, match="not finite") as said:
+        quiet_trainer(tmp_path, CheckpointGuard(), Healed(), Loses(2), Loses(4), saves, max_epochs=1).fit(TinyModule())
+    assert len([w for w in said if "is saved aside" in str(w.message)]) == 2
+    assert ckpts(tmp_path) == ["step=1.ckpt", "step=3.ckpt", "step=4.ckpt.nonfinite", "step=5.ckpt"]
+
+
+def test_what_is_saved_aside_under_the_same_name_stays(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="c", every_n_train_steps=1, enable_version_counter=False)
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Healed(), Loses(2), Loses(4), saves, max_epochs=1).fit(TinyModule())
+    assert ckpts(tmp_path) == ["c.ckpt", "c.ckpt.nonfinite"]
+    assert torch.load(tmp_path / "c.ckpt.nonfinite")["global_step"] == 4
+
+
+def test_what_a_callback_saved_is_not_replaced_by_hand(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="c", every_n_train_steps=1, enable_version_counter=False)
+    by_hand = SavesByHand(tmp_path / "c.ckpt")
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(4), by_hand, saves, max_epochs=1).fit(TinyModule())
+    assert torch.load(tmp_path / "c.ckpt")["global_step"] == 3
+
+
+def test_a_guard_that_saw_a_bad_run_saves_the_next_one(tmp_path: Path) -> None:
+    guard = CheckpointGuard()
+    for folder, others in ((tmp_path / "bad", [Loses(1)]), (tmp_path / "good", [])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet_trainer(folder, guard, *others, every_step(folder), max_steps=1).fit(TinyModule())
+    assert ckpts(tmp_path / "bad") == ["step=1.ckpt.nonfinite"]
+    assert ckpts(tmp_path / "good") == ["step=1.ckpt"]
+
+
+class Mine(Checkpoint):
+    """Has methods that are called as those of ModelCheckpoint are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._save_last_checkpoint = print
+
+    def _save_checkpoint(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._save_checkpoint(trainer)
+
+
+def test_a_callback_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+    mine = Mine(tmp_path / "c.ckpt")
+    with pytest.warns(UserWarning, match="not finite in the checkpoint for"):
+        quiet_trainer(tmp_path, CheckpointGuard(), Loses(4), mine, max_epochs=1, enable_checkpointing=True).fit(
+            TinyModule()
+        )
+    assert ckpts(tmp_path) == ["c.ckpt", "c.ckpt.nonfinite"]
+    assert vars(mine)["_save_last_checkpoint"] is print
+
+
 def test_infinities_that_a_model_holds_from_the_start_are_no_alarm(tmp_path: Path) -> None:
     assert fit(tmp_path, Mask(), every_step(tmp_path)) == []
     assert len(ckpts(tmp_path)) == 3 * BATCHES
@@ -441,7 +606,7 @@ class Copies(Callback):
 
 def test_a_callback_can_be_copied_while_it_is_watched(tmp_path: Path) -> None:
     saves, copies = every_step(tmp_path), Copies()
-    fit(tmp_path, TinyModule(), saves, copies)
+    fit(tmp_path, TinyModule(), saves, copies, Loses(14))
     other = tmp_path / "other"
     assert isinstance(copies.copy, ModelCheckpoint)
     copies.copy.dirpath = str(other)
