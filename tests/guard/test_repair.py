@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import LEARNING_RATE, TinyModule, edited, every_epoch, every_step, quiet_trainer
+from builders import (
+    LEARNING_RATE,
+    SavesAsEpochsBegin,
+    TinyModule,
+    edited,
+    enstack_folder,
+    every_epoch,
+    every_step,
+    quiet_trainer,
+)
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -29,7 +38,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
-from enstack_lightning.checkpoint import Severity, Verdict
+from enstack_lightning.checkpoint import Severity, Verdict, verify_checkpoint
+from enstack_lightning.guard.loading.repair import Repair, awaiting_repair, judged_after_repair
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -273,6 +283,63 @@ def test_accumulated_steps_are_counted_as_steps(edit: Edit, saved: str, done: in
     )
 
 
+def test_a_scheduler_that_steps_by_epochs_is_forwarded_after_an_epochs_last_batch(whole: Whole, tmp_path: Path) -> None:
+    """It has stepped then, and the epoch is not counted yet."""
+    folder, never_stopped = whole("StepLR")
+    path = edited(folder / "step=10.ckpt", tmp_path / "c.ckpt", lose_schedulers)
+    resumed = resume(path, tmp_path, Scheduled("StepLR"))
+    assert "fast-forwarded 2 steps = 2 epochs x 1 step" in resumed.repaired[0]
+    check_goes_on_as(never_stopped, resumed, 10)
+
+
+class EverySecondStep(Scheduled):
+    def configure_optimizers(self) -> Any:
+        config = super().configure_optimizers()
+        config["lr_scheduler"]["frequency"] = 2
+        return config
+
+
+def test_a_scheduler_that_steps_every_second_step_is_forwarded_as_often(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    never_stopped = EverySecondStep()
+    quiet_trainer(tmp_path, CheckpointGuard(), every_step(tmp_path)).fit(never_stopped)
+    path = edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", lose_schedulers)
+    resumed = resume(path, tmp_path, EverySecondStep())
+    assert "fast-forwarded 3 steps = the loop's counter of scheduler steps, one every 2 steps" in resumed.repaired[0]
+    check_goes_on_as(never_stopped, resumed, 7)
+
+
+def test_a_plateau_that_is_not_lost_gives_a_lost_optimizer_its_rate(whole: Whole, tmp_path: Path) -> None:
+    folder, _ = whole("ReduceLROnPlateau")
+    edit = both(lose_optimizers, lambda c: c["lr_schedulers"][0].update(_last_lr=[2.5e-3]))
+    path = edited(folder / "epoch=1.ckpt", tmp_path / "c.ckpt", edit)
+    with pytest.warns(UserWarning, match="CK402"):
+        resumed = resume(path, tmp_path, Scheduled("ReduceLROnPlateau"))
+    assert "learning rate 1.000000e-02 before, 2.500000e-03 after" in resumed.repaired[0]
+    assert resumed.module.groups[0][0] == 2.5e-3
+
+
+def tensor_rate(parameters: Any, lr: float) -> Optimizer:
+    return AdamW(parameters, lr=torch.tensor(lr, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("lose", [lose_optimizers, lose_both])
+def test_a_rate_that_is_a_tensor_stays_one(lose: Edit, whole: Whole, tmp_path: Path) -> None:
+    folder, never_stopped = whole("LambdaLR", tensor_rate)
+    path = edited(folder / "step=7.ckpt", tmp_path / "c.ckpt", lose)
+    with pytest.warns(UserWarning, match="CK402"):
+        resumed = resume(path, tmp_path, Scheduled("LambdaLR", tensor_rate))
+    assert len(resumed.repaired) == 1
+    assert isinstance(resumed.trainer.optimizers[0].param_groups[0]["lr"], Tensor)
+    assert float(resumed.module.groups[-1][0]) == pytest.approx(float(never_stopped.groups[-1][0]), rel=1e-12)
+
+
+def test_a_scheduler_lost_before_its_first_step_has_lost_nothing(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, CheckpointGuard(), SavesAsEpochsBegin(tmp_path), max_epochs=1).fit(Scheduled())
+    path = edited(tmp_path / "start-0.ckpt", tmp_path / "c.ckpt", lose_schedulers)
+    assert resume(path, tmp_path, Scheduled()).guard.repairs == ()
+
+
 # What contradicts itself is left
 
 
@@ -353,6 +420,7 @@ def test_several_schedules_on_one_optimizer_are_left(kept: int, tmp_path: Path) 
 
     path = edited(tmp_path / "step=7.ckpt", tmp_path / "c.ckpt", lose)
     check_left(resume(path, tmp_path, TwoSchedules()), f"the checkpoint has {kept} of 2 schedulers")
+    assert resume(tmp_path / "step=7.ckpt", tmp_path, TwoSchedules()).guard.repairs == ()
 
 
 class Two(TinyModule):
@@ -540,6 +608,16 @@ def test_a_rate_is_left_where_this_runs_schedule_is_another(trained: Path, tmp_p
     check_left(resumed, "its scheduler set 9.306931e-03, and this run's schedule gives 8.292683e-03")
 
 
+def test_a_rate_is_left_where_the_optimizer_began_at_another(trained: Path, tmp_path: Path) -> None:
+    def begin_at_another(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["param_groups"][0].update(lr=5e-3, initial_lr=2e-2)
+
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", begin_at_another)
+    resumed = resume(path, tmp_path, Scheduled())
+    check_left(resumed, "its base rate is 1.000000e-02, and that of the optimizer 2.000000e-02")
+    assert resumed.module.groups[0][0] == 5e-3
+
+
 # An optimizer without its moments
 
 
@@ -572,6 +650,29 @@ def test_an_optimizer_made_anew_on_the_way_is_named_and_left(trained: Path, tmp_
     with pytest.warns(UserWarning, match="CK401 optimizer steps 2, expected 7"):
         resumed = resume(path, tmp_path, TinyModule())
     check_left(resumed, "it did 2 of 7 steps")
+
+
+def test_an_optimizer_that_missed_a_few_steps_was_not_made_anew(trained: Path, tmp_path: Path) -> None:
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", lambda c: set_steps(c, 5.0))
+    with pytest.warns(UserWarning, match="CK401 optimizer steps 5, expected 7"):
+        assert resume(path, tmp_path, TinyModule()).guard.repairs == ()
+
+
+def test_a_lost_optimizer_lets_nothing_else_through(trained: Path, tmp_path: Path) -> None:
+    path = edited(trained / "step=7.ckpt", tmp_path / "c.ckpt", both(lose_moments, lambda c: c.pop("state_dict")))
+    report = verify_checkpoint(path)
+    assert judged_after_repair(report, ()) == report
+    judged = judged_after_repair(report, [Repair("optimizer 0", "it is lost", lost=True)])
+    assert "CK402" in [f.code for f in judged.of(Severity.WARNING)]
+    errors = [f.code for f in report.of(Severity.ERROR)]
+    assert len(errors) > 1
+    assert [f.code for f in judged.of(Severity.ERROR)] == [code for code in errors if code != "CK402"]
+
+
+def test_only_files_of_lightning_are_let_through(tmp_path: Path) -> None:
+    report = verify_checkpoint(enstack_folder(tmp_path / "c", optimizer_steps=0))
+    assert [f.code for f in report.of(Severity.ERROR)] == ["CK402"]
+    assert awaiting_repair(report) == report
 
 
 class Fresh(Callback):
@@ -642,6 +743,15 @@ def test_lost_counters_are_put_back_at_an_epochs_end(
     assert loaded.loops == saved
 
 
+def test_lost_counters_are_told_where_the_epoch_was_counted_already(whole: Whole, tmp_path: Path) -> None:
+    """As in what is saved after the run."""
+    folder, never_stopped = whole("LambdaLR")
+    path = edited(folder / "epoch=1.ckpt", tmp_path / "c.ckpt", both(lose_loops, lambda c: c.update(epoch=2)))
+    resumed = resume(path, tmp_path, Scheduled())
+    assert len(resumed.repaired) == 1
+    check_goes_on_as(never_stopped, resumed, 10)
+
+
 @pytest.mark.parametrize(
     ("saved", "edit", "why"),
     [
@@ -658,6 +768,21 @@ def test_lost_counters_are_put_back_at_an_epochs_end(
         ("epoch=1", lambda c: c["lr_schedulers"][0].update(last_epoch=9), r"its schedulers stand at \[9\], expected"),
         ("epoch=1", lambda c: c["callbacks"].pop("CheckpointGuard"), "it was saved without a guard"),
         ("epoch=1", lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "it has 2 optimizers"),
+        (
+            "epoch=1",
+            lambda c: c["optimizer_states"][0].update(state={}, param_groups=[]),
+            "not every parameter of its optimizer counts its steps",
+        ),
+        (
+            "epoch=1",
+            lambda c: c["callbacks"]["CheckpointGuard"]["run"].pop("batches_per_epoch"),
+            "it was saved without a guard",
+        ),
+        (
+            "epoch=0",
+            both(lambda c: c.update(global_step=0), lambda c: set_steps(c, 0.0)),
+            "global_step 0 in epoch 0 is no end of an epoch",
+        ),
         (
             "epoch=1",
             lambda c: c["callbacks"]["CheckpointGuard"]["run"].update(scheduler_frequencies=[2]),

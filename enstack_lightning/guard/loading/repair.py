@@ -147,7 +147,7 @@ def judged_after_repair(report: Report, repairs: Sequence[Repair]) -> Report:
 
 def as_repaired(loaded: Facts, live: Facts, repairs: Sequence[Repair]) -> Facts:
     """The facts of a checkpoint as if it had held the schedulers that were set forward, to compare the run with."""
-    if len(loaded.schedulers or ()) < len(live.schedulers or ()) and any(r.forwarded for r in repairs):
+    if any(r.forwarded for r in repairs):
         return dataclasses.replace(loaded, schedulers=live.schedulers)
     return loaded
 
@@ -186,7 +186,7 @@ def _schedule(trainer: Trainer, loaded: Facts, live: Facts) -> tuple[Repair, ...
     if not configs or not live.progress.optimizer_steps:
         return ()
     lacking = restored < len(configs)
-    if len(configs) > 1 or len(trainer.optimizers) != 1 or not trainer.lightning_module.automatic_optimization:
+    if len(configs) > 1 or not trainer.lightning_module.automatic_optimization:  # which has one optimizer only
         what = f"scheduler {restored}" if lacking else ""
         why = (
             f"the checkpoint has {restored:,} of {many(len(configs), 'scheduler')}; only a single one on a single "
