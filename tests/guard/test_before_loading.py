@@ -546,36 +546,34 @@ def test_a_last_and_a_best_one_that_were_set_aside_are_forgotten(tmp_path: Path)
 @pytest.mark.parametrize("full", [True, False])
 def test_the_best_of_those_that_are_left_is_the_best_one(mode: Any, full: bool, tmp_path: Path) -> None:
     """By the state of a callback of that mode, and in a new one that is given it."""
-    scores = {str(tmp_path / name): torch.tensor(score) for name, score in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    (tmp_path / "real").mkdir()
+    folder = tmp_path / "link"
+    folder.symlink_to("real")
+    scores = {str(folder / name): torch.tensor(score) for name, score in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     left, gone = (("b", "c"), "a") if mode == "min" else (("b", "a"), "c")
-    saves = ModelCheckpoint(tmp_path, monitor="score", mode=mode, save_top_k=3 if full else 4)
+    saves = ModelCheckpoint(folder, monitor="score", mode=mode, save_top_k=3 if full else 4)
     saves.best_k_models = dict(scores)
-    saves.best_model_path, saves.best_model_score = str(tmp_path / gone), scores[str(tmp_path / gone)]
+    saves.best_model_path, saves.best_model_score = str(folder / gone), scores[str(folder / gone)]
     if full:
-        saves.kth_best_model_path = str(tmp_path / left[1])
+        saves.kth_best_model_path = str(folder / left[1])
         saves.kth_value = scores[saves.kth_best_model_path]
     state = saves.state_dict()
-    forget_renamed({"callbacks": {"other": 3, "saves": state}}, [os.path.relpath(tmp_path / gone)])
-    again = ModelCheckpoint(tmp_path, monitor="score", mode=mode, save_top_k=3 if full else 4)
+    forget_renamed({"callbacks": {"other": 3, "saves": state}}, [os.path.relpath(tmp_path / "real" / gone)])
+    again = ModelCheckpoint(folder, monitor="score", mode=mode, save_top_k=3 if full else 4)
     again.load_state_dict(state)
-    assert set(again.best_k_models) == {str(tmp_path / name) for name in left}
-    assert again.best_model_path == str(tmp_path / left[0])
+    assert set(again.best_k_models) == {str(folder / name) for name in left}
+    assert again.best_model_path == str(folder / left[0])
     assert again.best_model_score == scores[again.best_model_path]
     assert again.kth_best_model_path == ""
 
 
 def test_a_best_one_that_stays_is_the_best_one_still(tmp_path: Path) -> None:
-    best, other = str(tmp_path / "a"), str(tmp_path / "b")
-    scores = {best: torch.tensor(2.0), other: torch.tensor(1.0)}
-    state = {
-        "best_model_path": best,
-        "best_model_score": scores[best],
-        "best_k_models": scores,
-        "last_model_path": best,
-    }
-    forget_renamed({"callbacks": {"saves": state}}, [other])
-    assert (state["best_model_path"], state["best_model_score"], state["last_model_path"]) == (best, scores[best], best)
-    assert state["best_k_models"] == {best: scores[best]}
+    best, other, gone = (str(tmp_path / name) for name in "abc")
+    scores = {other: torch.tensor(3.0), best: torch.tensor(1.0), gone: torch.tensor(2.0)}
+    kept = {"best_model_path": best, "best_model_score": scores[best], "last_model_path": best}
+    state = {**kept, "best_k_models": scores}
+    forget_renamed({"callbacks": {"saves": state}}, [gone])
+    assert state == {**kept, "best_k_models": {other: scores[other], best: scores[best]}}
 
 
 def test_states_of_other_versions_are_forgotten_from_as_well(tmp_path: Path) -> None:
