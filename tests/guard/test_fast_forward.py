@@ -233,6 +233,22 @@ def test_a_function_with_a_state_keeps_it_where_it_was() -> None:
     assert counting.calls == calls
 
 
+def test_a_state_that_a_function_or_the_object_of_a_method_has_later_is_one_too() -> None:
+    def counted(step: int) -> float:
+        if step:
+            vars(counted)["calls"] = vars(counted).get("calls", 0) + 1
+        return 1 / (1 + vars(counted).get("calls", 0))
+
+    counting = Counting()
+    for function in (counted, counting.__call__):
+        scheduler = LambdaLR(optimizer_of_two(), function)
+        calls = counting.calls
+        with pytest.raises(CannotForwardError, match="keeps a state of its own"):
+            fast_forward(scheduler, 30)
+        assert counting.calls == calls
+    assert vars(counted) == {}
+
+
 def test_a_function_that_only_holds_settings_is_asked() -> None:
     class Warmup:
         def __init__(self, steps: int) -> None:

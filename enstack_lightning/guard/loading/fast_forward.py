@@ -80,7 +80,7 @@ def fast_forward(scheduler: LRScheduler, steps: int) -> Forwarded:
             many to be made and it has no closed form, or a function of the user's own raises or keeps a state.
     """
     _check_known(scheduler)
-    kept = [(function, dict(state)) for function in _functions_of(scheduler) if (state := _state_of(function))]
+    kept = [(function, dict(_state_of(function))) for function in _functions_of(scheduler)]
     optimizer = _Groups(scheduler)
     twin = _twin(scheduler, optimizer)
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -93,7 +93,8 @@ def fast_forward(scheduler: LRScheduler, steps: int) -> Forwarded:
         raise CannotForwardError(f"it cannot make {steps:,} steps: {e}") from e
     changed = [(function, state) for function, state in kept if _differ(state, _state_of(function))]
     for function, state in changed:
-        function.__dict__.update(state)
+        _state_of(function).clear()
+        _state_of(function).update(state)
     if changed:
         raise CannotForwardError("its function keeps a state of its own, which is lost")
     return Forwarded(twin.state_dict(), optimizer.driven(), exact)
@@ -157,7 +158,8 @@ def _functions_of(scheduler: Any) -> list[Any]:
 
 
 def _state_of(function: Any) -> dict[str, Any]:
-    return getattr(function, "__dict__", {})
+    """Its own attributes, and those of the object that it is a method of."""
+    return getattr(getattr(function, "__self__", function), "__dict__", {})
 
 
 def _differ(before: dict[str, Any], after: dict[str, Any]) -> bool:
