@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
@@ -113,6 +114,7 @@ class ExactRestart:
         """Whether batches that were fetched before the save could not be saved."""
         self.is_epoch_done = self.point in _EPOCH_DONE
         self._positions: OwnPositions | None = None
+        self._streams_of: list[Any] | None = None
         self._reloads: list[float] = self.resume.get("reloads") or []
 
     def install(self) -> None:
@@ -138,7 +140,7 @@ class ExactRestart:
         """Gives the loops their own methods back."""
         loop = self.trainer.fit_loop
         inner = loop.epoch_loop
-        methods = (loop, ("setup_data", "reset", "on_run_start")), (inner, ("reset", "advance"))
+        methods = (loop, ("setup_data", "reset", "on_run_start")), (inner, ("reset", "advance", "on_run_start"))
         for owner, names in (*methods, (inner.val_loop, ("setup_data",))):
             for name in names:
                 vars(owner).pop(name, None)
@@ -150,6 +152,9 @@ class ExactRestart:
     def _reset(self) -> None:
         loop = self.trainer.fit_loop
         batch = loop.epoch_loop.batch_progress
+        if self._streams_of is not None:
+            loop._combined_loader.flattened, self._streams_of = self._streams_of, None
+            _once(loop.epoch_loop, "on_run_start", self._begin_streams)
         if self._load_states is not None:
             loop._load_combined_loader_states = self._load_states
         if self.mine.get("order") and self.order_kept is None and loop._data_fetcher is not None:
@@ -259,11 +264,39 @@ class ExactRestart:
 
         def load() -> None:
             before()
+            if self.is_epoch_done:
+                self._begin_no_stream()
             self._positions = OwnPositions(self.trainer)
             if wanted:
                 prepare()
 
         loop._load_combined_loader_states = load
+
+    def _begin_no_stream(self) -> None:
+        """Lets Lightning make its first iterator without the loaders of streams: at an epoch's end none of it is used.
+
+        The epoch's own is made when it always is. A data set that gives its rows once, such as one that reads from a
+        queue, would lose what was fetched for the first (#19427).
+        """
+        loop = self.trainer.fit_loop
+        loaders = loop._combined_loader.flattened
+        streams = [isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in loaders]
+        if not any(streams):
+            return
+        loop._combined_loader.flattened = [_NotBegun(x) if s else x for x, s in zip(loaders, streams, strict=True)]
+        self._streams_of = loaders
+
+    def _begin_streams(self, data_fetcher: Any) -> None:
+        """Workers that last draw their seed when they start, which they did in the run that never stopped."""
+        loop = self.trainer.fit_loop.epoch_loop
+        starts = any(
+            getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None
+            for loader in self.trainer.fit_loop._combined_loader.flattened
+        )
+        drawn = torch.get_rng_state()
+        loop.on_run_start(data_fetcher)
+        if starts:
+            torch.set_rng_state(drawn)
 
     def _give_fetched_first(self) -> None:
         with _explained(self.trainer):
@@ -351,6 +384,22 @@ class ExactRestart:
         for had, loader in zip(self.resume.get("validation_workers", []), loaders, strict=False):
             if had and getattr(loader, "_iterator", None) is None:
                 iter(loader)
+
+
+class _NotBegun:
+    """In a loader's place while Lightning makes an iterator that no batch is taken from."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 @contextmanager
