@@ -9,6 +9,7 @@ resident memory of a whole process, its imports included.
 from __future__ import annotations
 
 import argparse
+import compileall
 import dataclasses
 import os
 import subprocess
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+import enstack_lightning
 from enstack_lightning.checkpoint import Options, Verdict, verify_checkpoint
 from enstack_lightning.checkpoint.source import LocalSource
 from enstack_lightning.checkpoint.torch_file import TorchFile
@@ -250,13 +252,16 @@ def measure(folder: Path, layers: int) -> list[str]:
     print(f"\nFrom the disk, in a warm process: verify_checkpoint {cold:.3f} s, torch.load {cold_load:.3f} s")
     ratio = cold / cold_load
     results.append(verdict("verify_checkpoint's time over torch.load's, from the disk", ratio, "<= 0.1", ratio <= 0.1))
-    lightning.unlink()
     write_sparse(sparse, layers)
-    warm_sparse = best(lambda: verify_checkpoint(sparse))
     assert verify_checkpoint(sparse).verdict is not Verdict.FAIL
-    ratio = warm_sparse / warm
+    # In turn, for a machine's speed may change from one second to the next.
+    turns = [
+        (best(lambda: verify_checkpoint(lightning)), best(lambda: verify_checkpoint(sparse))) for _ in range(REPEATS)
+    ]
+    ratio = min(of_sparse for _, of_sparse in turns) / min(of_lightning for of_lightning, _ in turns)
     size = sparse.stat().st_size / 1e9
     results.append(verdict(f"the same on a sparse file of {size:,.1f} GB, over that", ratio, "<= 1.2", ratio <= 1.2))
+    lightning.unlink()
     sparse.unlink()
 
     start = python(*enstack("--help"))
@@ -269,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=12, help="of the encoder; 12 give a file of 1.5 GB")
     options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    # As an installer leaves it, also where PYTHONDONTWRITEBYTECODE would have it compiled in each process.
+    compileall.compile_dir(Path(enstack_lightning.__file__).parent, quiet=2)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), options.layers)
     print("\n" + "\n".join(results))
