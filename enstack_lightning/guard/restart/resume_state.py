@@ -37,8 +37,8 @@ Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "betw
 
 batch_end: in `on_train_batch_end`, before the validation that may follow. validation_end: in `on_validation_end`.
 after_batch: between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch.
-between_epochs: after it. epoch_start: in `on_train_epoch_start`. elsewhere: anything else,
-such as the middle of a step that raised an exception.
+between_epochs: after it. epoch_start: in `on_train_epoch_start`. elsewhere: anything else, such as the middle of a step
+that raised an exception.
 """
 
 
