@@ -18,7 +18,7 @@ def forget_renamed(checkpoint: dict[str, Any], renamed: Collection[str]) -> None
         renamed: the old paths.
     """
     gone = {os.path.realpath(path) for path in renamed}
-    for state in checkpoint["callbacks"].values():
+    for state in checkpoint["callbacks"].values() if gone else ():  # every path is asked of the file system
         if isinstance(state, dict) and "best_model_path" in state:
             _forget(state, gone)
 
