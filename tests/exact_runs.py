@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torchmetrics.classification import BinaryAccuracy, BinaryAveragePrecision, 
 
 from enstack_lightning.data.loaders import TrainingSampler
 from enstack_lightning.guard import CheckpointGuard
+
+if TYPE_CHECKING:
+    import pytest
 
 ROWS, BATCH_SIZE = 28, 4
 BATCHES = ROWS // BATCH_SIZE
@@ -225,6 +228,12 @@ class Everywhere(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.validations = state_dict["validations"]
+
+
+def exactness(caplog: pytest.LogCaptureFixture) -> str:
+    """What the line `exact` of the one resume report said."""
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
+    return line.removeprefix("exact").strip()
 
 
 def train(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from builders import SavesAsEpochsBegin, quiet_trainer
-from exact_runs import BATCHES, Recorded, differences, train
+from exact_runs import BATCHES, Recorded, differences, exactness, train
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, RunningMean, RunningSum
@@ -44,8 +44,7 @@ def resumed(
         caplog.clear()
         with caplog.at_level(logging.INFO):
             again = train(folder / "again", {}, options, folder / f"{name}.ckpt", callbacks(), seed=9, kind=kind)
-        (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
-        found[name] = differences(whole, again), line.removeprefix("exact").strip()
+        found[name] = differences(whole, again), exactness(caplog)
     return found
 
 
@@ -99,7 +98,7 @@ def test_an_epoch_that_had_begun_when_it_was_saved_is_trained(
     assert ("CK305" in str(verify_checkpoint(path))) is not knows
     with caplog.at_level(logging.INFO):
         again = train(tmp_path / "again", data, BOTH, path, seed=9)
-    (exact,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
+    exact = exactness(caplog)
     assert "not promised" in exact
     assert [step[:4] for step in steps(again)] == [step[:4] for step in steps(whole) if step[1] == 1]
     if knows:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import BATCH_SIZE, ROWS, TinyModule, edited, every_step, quiet_trainer
+from exact_runs import exactness
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -39,8 +40,7 @@ class Plain(TinyModule):
 def said(path: Path, folder: Path, caplog: pytest.LogCaptureFixture, module: TinyModule, **options: Any) -> str:
     with caplog.at_level(logging.INFO):
         quiet_trainer(folder, CheckpointGuard(), **options).fit(module, ckpt_path=path)
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
-    return line.removeprefix("exact").strip()
+    return exactness(caplog)
 
 
 def test_a_sound_resume_promises_to_be_exact(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

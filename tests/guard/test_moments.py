@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import SavesAsEpochsBegin, quiet_trainer
-from exact_runs import BATCH_SIZE, BATCHES, ROWS, Everywhere, InMemory, Recorded, differences, train
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Everywhere, InMemory, Recorded, differences, exactness, train
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -30,11 +30,6 @@ from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NO_MOMENT = "not promised: it was saved at no moment that a run can go on at"
-
-
-def exactness(caplog: pytest.LogCaptureFixture) -> str:
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("exact  ")]
-    return line.removeprefix("exact").strip()
 
 
 class Stopped(Exception):

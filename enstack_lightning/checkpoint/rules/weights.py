@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 _MODEL_TYPES = {"bert", "camembert", "roberta", "xlm-roberta"}
 _EMBEDDINGS = "embeddings.word_embeddings.weight"
 _BASE_PREFIXES = ("", "bert.", "roberta.")
-_MOST_DIGITS = 6  # of a layer's number
+_NUMBERED = re.compile(r"([0-9]{1,6})\.(.+)")
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTED = ("lora_", "base_layer.", "modules_to_save.", "adapter", "parametrizations.")
 """Parts of names that adapters (PEFT) and parametrizations put in: what is missing there stands elsewhere."""
@@ -126,10 +126,8 @@ def _encoder(facts: Facts) -> _Encoder | None:
     layers: dict[int, dict[str, Shape]] = {}
     below = f"{prefix}encoder.layer."
     for name, shape in shapes.items():
-        if name.startswith(below):
-            number, _, part = name[len(below) :].partition(".")
-            if part and number.isdecimal() and number.isascii() and len(number) <= _MOST_DIGITS:
-                layers.setdefault(int(number), {})[part] = shape
+        if name.startswith(below) and (match := _NUMBERED.fullmatch(name, len(below))):
+            layers.setdefault(int(match[1]), {})[match[2]] = shape
     return _Encoder(prefix, prefix[: prefix.rstrip(".").rfind(".") + 1], layers, shapes)
 
 

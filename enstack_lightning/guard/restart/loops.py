@@ -167,14 +167,14 @@ class ExactRestart:
         if self._reloads:
             loop._last_train_dl_reload_epoch = self._reloads[0]
         spent = self.point == "elsewhere" and batch.is_last_batch and batch.current.completed < batch.current.processed
+        begun = batch.total.started
         if self.point in _IN_EPOCH:
             for tracker in (batch.total, batch.current):
                 tracker.completed = tracker.processed
+            # A batch of None is never started, and Lightning tells by that where it stands.
+            batch.total.started = batch.total.ready
         elif self.point in _EPOCH_DONE:
             _set_restarting(loop, False)
-        begun = batch.total.started
-        if self.point in _IN_EPOCH:  # a batch of None is never started, and Lightning tells by that where it stands
-            batch.total.started = batch.total.ready
         loop.reset()
         batch.total.started = begun
         if self.point in _EPOCH_DONE:

@@ -198,10 +198,10 @@ class Preemption:
                     handler(number, None)
             finally:
                 del vars(trainer)["save_checkpoint"]
-        if requeue and number != signal.SIGTERM:
-            self._go_on()
-            return
-        if not requeue:
+            if number != signal.SIGTERM:
+                self._go_on()
+                return
+        else:
             path = self._save(trainer)
             rank_zero_info(f"CheckpointGuard: {signal.Signals(number).name} received; saved {path} to resume from")
         # Lightning raises its exception itself after the batch; a validation must not begin first.
