@@ -113,7 +113,7 @@ def point_of(trainer: Trainer) -> Point:
             if hook == "on_validation_end" and not trainer.sanity_checking:
                 return "validation_end"
             # A signal's exception is raised in a validation, or when all that follows a batch is done.
-            if type(sys.exception()).__name__ == "SIGTERMException" and trainer.training:
+            if is_a(sys.exception(), "SIGTERMException") and trainer.training:
                 return "after_batch"
     elif epoch.ready == epoch.started == epoch.processed and loop.epoch_loop._num_ready_batches_reached():
         if hook == "on_train_epoch_end":
