@@ -112,7 +112,8 @@ class _Machine:
         self.protocol = 0
         self.stack: list[Any] = []
         self.below_marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
+        self.far_memo: dict[int, Any] = {}
         self.shared: dict[int, int] = {}
         self.globals: dict[tuple[str, str], Global] = {}
         self.storages: dict[object, StorageDescriptor] = {}
@@ -154,7 +155,7 @@ class _Machine:
         Tensors in a row, written as torch does, are read at once, and so are the versions of a module's layers; the
         opcodes that they are made of are counted all the same.
         """
-        data, memo, shared, dispatch = self.data, self.memo, self.shared, _DISPATCH
+        data, memo, far_memo, shared, dispatch = self.data, self.memo, self.far_memo, self.shared, _DISPATCH
         stack, at, end = self.stack, self.at, self.end
         containers, uint32, int32, beyond = CONTAINERS, _UINT32.unpack_from, _INT32.unpack_from, _NOT_WEIGHTS_ONLY
         left, one_by_one = self.max_opcodes, 0
@@ -166,19 +167,23 @@ class _Machine:
                         end = self.leave_frame()
                     opcode = data[at]
                     at += 1
-                    if opcode == 0x71:  # BINPUT
-                        memo[data[at]] = stack[-1]
-                        at += 1
-                    elif opcode == 0x72:  # LONG_BINPUT
+                    if opcode == 0x72:  # LONG_BINPUT
                         index = uint32(data, at)[0]
-                        if index > len(memo) + _MAX_MEMO_GAP:
-                            raise PickleDefectError(
-                                f"memo value {index:,} is set at byte {at - 1:,} after {len(memo):,} others"
-                            )
-                        memo[index] = stack[-1]
                         at += 4
+                        if index == len(memo) and not far_memo:
+                            memo.append(stack[-1])
+                        else:
+                            self.at = at
+                            self.memoize(index, stack[-1])
+                    elif opcode == 0x71:  # BINPUT
+                        if data[at] == len(memo) and not far_memo:
+                            memo.append(stack[-1])
+                        else:
+                            self.at = at
+                            self.memoize(data[at], stack[-1])
+                        at += 1
                     elif opcode == 0x94:  # MEMOIZE
-                        memo[len(memo)] = stack[-1]
+                        self.memoize(len(memo) + len(far_memo), stack[-1])
                         self.refused.add(opcode)
                     elif opcode == 0x68 or opcode == 0x6A:  # BINGET, LONG_BINGET
                         if opcode == 0x68:
@@ -187,7 +192,7 @@ class _Machine:
                         else:
                             index = uint32(data, at)[0]
                             at += 4
-                        value = memo[index]
+                        value = memo[index] if index < len(memo) else far_memo[index]
                         if value.__class__ is Run:
                             value = value.fetched(index)
                         if value.__class__ in containers:
@@ -276,6 +281,19 @@ class _Machine:
         finally:
             self.at = at
 
+    def memoize(self, index: int, value: Any) -> None:
+        """Sets a value of the memo whose number need not be the next one."""
+        memo, far_memo = self.memo, self.far_memo
+        known = len(memo) + len(far_memo)
+        if index > known + _MAX_MEMO_GAP:
+            raise PickleDefectError(f"memo value {index:,} is set before byte {self.at:,} after {known:,} others")
+        if index < len(memo):
+            memo[index] = value
+        else:
+            far_memo[index] = value
+        while len(memo) in far_memo:
+            memo.append(far_memo.pop(len(memo)))
+
     def leave_frame(self) -> int:
         """At the end of a frame or of the pickle: the new end."""
         if self.at == self.end < len(self.data):
@@ -298,6 +316,7 @@ class _Machine:
         if any(self.work.hooks):
             raise PickleDefectError("a tensor has backward hooks, which a backward pass would call; torch writes none")
         self.memo.clear()
+        self.far_memo.clear()
         value, loops = untangled(self.stack[0], self.shared)
         oddities = tuple(odd_tensors(self.tensors))
         if loops:

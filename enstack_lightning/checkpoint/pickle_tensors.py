@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -37,8 +38,8 @@ from enstack_lightning.checkpoint.pickle_values import (
     Work,
 )
 
-MAX_RUN = 10_000
-"""Tensors that are read in one step."""
+MAX_RUN = 256
+"""Tensors that are read in one step; what it takes for them is used again for the next ones."""
 
 _PUT = rb"r(....)"
 _INTEGER = rb"(?:K.|M..|J....)"
@@ -52,7 +53,7 @@ tensor_call = re.compile(_CALL, re.DOTALL).match
 """Matches the template from behind its first MARK on; every opcode in it has one way to be matched."""
 
 _next = re.compile(
-    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:h(.)|j(....)|X(.)\0\0\0([\w.]+)" + _PUT + rb")h(.)\(" + _CALL,
+    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:(h.|j....)|X(.)\0\0\0([\w.]+)" + _PUT + rb")h(.)\(" + _CALL,
     re.DOTALL,
 ).match
 """Matches what leads from one tensor to the next, and that one."""
@@ -63,8 +64,7 @@ class _Columns(NamedTuple):
 
     state_key: tuple[bytes, ...]
     state_put: tuple[bytes, ...]
-    near: tuple[bytes, ...]
-    far: tuple[bytes, ...]
+    known_key: tuple[bytes, ...]
     text_length: tuple[bytes, ...]
     text: tuple[bytes, ...]
     text_put: tuple[bytes, ...]
@@ -99,8 +99,8 @@ _OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
 _Sizes = tuple[int, ...]
 _StorageType = tuple[str, Global, str, str]
 """The word, the class and the device of a persistent id, and the dtype."""
-_Row = tuple[dict[Any, Any] | None, str, _StorageType, StorageDescriptor, TensorDescriptor]
-"""The state and the name that it begins with, if any, and what is made of it."""
+_Row = tuple[dict[Any, Any] | None, str, _StorageType, TensorDescriptor]
+"""The state and the name that it begins with, if any, what its persistent id says, and the tensor."""
 
 
 class Machine(Protocol):
@@ -108,7 +108,8 @@ class Machine(Protocol):
 
     stack: list[Any]
     below_marks: list[list[Any]]
-    memo: dict[int, Any]
+    memo: list[Any]
+    far_memo: dict[int, Any]
     globals: dict[tuple[str, str], Global]
     tensors: list[TensorDescriptor]
     storages: dict[object, StorageDescriptor]
@@ -166,7 +167,7 @@ class Run:
         self._machine = machine
         self._first = len(machine.memo)
         self._columns = columns = _Columns._make(zip(*rows, strict=True))
-        if not are_put_in_a_row(rows, _puts, self._first):
+        if not are_put_in_a_row(machine, *_puts(columns)):
             raise _UnusualError("values that are memoized in another order")
         if not (are_as_long(columns.text, columns.text_length) and are_as_long(columns.key, columns.key_length)):
             raise _UnusualError("a text of another length")
@@ -174,11 +175,12 @@ class Run:
         self._numbers = {text: _integer(text) for text in {*columns.numel, *columns.offset}}
         if min(self._numbers.values()) < 0:
             raise _UnusualError("a number of elements or an offset below 0")
-        self._keys = {number: self._key(number) for number in {*columns.near, *columns.far} - {b""}}
+        self._keys = {fetched: self._key(fetched) for fetched in {*columns.known_key} - {b""}}
         kinds = set(zip(columns.kind, columns.place, strict=True))
         self._storage_types = {fetched: self._storage_type(*fetched) for fetched in kinds}
         sizes = {text: _integers(text) for text in {*columns.shape, *columns.stride}}
         self._sizes = {text: values for text, (values, _) in sizes.items()}
+        opcodes = {text: count for text, (_, count) in sizes.items()}
         for shape, stride in set(zip(columns.shape, columns.stride, strict=True)):
             if len(self._sizes[shape]) != len(self._sizes[stride]):
                 raise _UnusualError("a shape and a stride of different lengths")
@@ -188,17 +190,18 @@ class Run:
         self.opcodes = (
             _OPCODES * len(rows) - _OPCODES_BEFORE + _OPCODES_OF_A_STATE * states + _OPCODES_OF_A_NAME * names
         )
-        self.opcodes += sum(sizes[text][1] for text in chain(columns.shape, columns.stride))
+        self.opcodes += sum(map(opcodes.__getitem__, chain(columns.shape, columns.stride)))
         self._memoized = states + names + 5 * len(rows) + 2 * sized
         self._rows: list[_Row] = []
+        self._starts: list[int] = []
 
     def _fetched(self, number: bytes) -> Any:
         return fetched_from_before(self._machine.memo, number)
 
-    def _key(self, number: bytes) -> str:
+    def _key(self, fetched: bytes) -> str:
         """The key that is fetched: one from before, or the name of a tensor in this row."""
-        columns = self._columns
-        if number in columns.text_put and (row := columns.text_put.index(number)) < columns.far.index(number):
+        columns, number = self._columns, fetched[1:]
+        if number in columns.text_put and (row := columns.text_put.index(number)) < columns.known_key.index(fetched):
             return columns.text[row].decode("ascii")
         key = self._fetched(number)
         if not is_short_text(key):
@@ -224,83 +227,112 @@ class Run:
 
     def do(self) -> None:
         """Does the opcodes; the memo's values are made when one of them is fetched, which most pickles never do."""
-        machine, columns = self._machine, self._columns
-        numbers, types, keys, made_of = self._numbers, self._storage_types, self._keys, self._sizes
-        first_of_key, storages, stack = machine.first_of_key, machine.storages, machine.stack
-        rows, tensors = self._rows, machine.tensors
-        stack.pop()  # the function's name
-        for state_key, near, far, text, kind, place, key_text, numel_text, offset_text, sizes, strides in zip(
-            columns.state_key, columns.near, columns.far, columns.text, columns.kind, columns.place,
-            columns.key, columns.numel, columns.offset, columns.shape, columns.stride, strict=True,
-        ):  # fmt: skip
-            state: dict[Any, Any] | None = None
-            if state_key:
-                state = {}
+        machine, columns, sizes, numbers = self._machine, self._columns, self._sizes, self._numbers
+        types = list(map(self._storage_types.__getitem__, zip(columns.kind, columns.place, strict=True)))
+        shapes, strides = (map(sizes.__getitem__, column) for column in (columns.shape, columns.stride))
+        offsets = map(numbers.__getitem__, columns.offset)
+        dtypes = [dtype for _, _, _, dtype in types]
+        tensors = list(map(TensorDescriptor, self._storages(types), dtypes, shapes, strides, offsets))
+        names = _texts(columns.text)
+        states: list[dict[Any, Any] | None] = [{} if key else None for key in columns.state_key]
+        machine.stack.pop()  # the function's name
+        machine.tensors += tensors
+        self._stack(states, names, tensors)
+        self._rows = list(zip(states, names, types, tensors, strict=True))
+        machine.memo += repeat(self, self._memoized)
+        del self._columns
+
+    def _storages(self, types: list[_StorageType]) -> list[StorageDescriptor]:
+        machine, keys = self._machine, _texts(self._columns.key)
+        numels = list(map(self._numbers.__getitem__, self._columns.numel))
+        _, _, devices, dtypes = zip(*types, strict=True)
+        made = list(map(StorageDescriptor, keys, dtypes, numels, devices))
+        by_key = dict(zip(keys, made, strict=True))
+        if len(by_key) == len(made) and machine.first_of_key.keys().isdisjoint(by_key):
+            machine.first_of_key.update(by_key)
+            machine.storages.update(by_key)
+            return made
+        return [machine.storage(_pid(*row)) for row in zip(types, keys, numels, strict=True)]
+
+    def _stack(self, states: list[dict[Any, Any] | None], names: list[str], tensors: list[TensorDescriptor]) -> None:
+        """Puts keys and tensors on the stack, and in each state those that lie between it and the next one."""
+        machine, columns, keys = self._machine, self._columns, self._keys
+        stack = machine.stack
+        for state, state_key, name, fetched, tensor in zip(
+            states, columns.state_key, names, columns.known_key, tensors, strict=True
+        ):
+            if state is not None:
                 outer = machine.below_marks[-1]
                 machine.work.set_items(outer[-1], stack)
                 outer += _integer(state_key), state
                 stack = []
-            name = text.decode("ascii")
             if name:
                 stack.append(name)
-            elif near or far:
-                stack.append(keys[near or far])
-            storage_type = types[kind, place]
-            key, numel = key_text.decode("ascii"), numbers[numel_text]
-            if key in first_of_key:
-                storage = machine.storage(_pid(storage_type, key, numel))
-            else:
-                _, _, device, dtype = storage_type
-                storage = first_of_key[key] = storages[key] = StorageDescriptor(key, dtype, numel, device)
-            tensor = TensorDescriptor(storage, storage_type[3], made_of[sizes], made_of[strides], numbers[offset_text])
-            rows.append((state, name, storage_type, storage, tensor))
-            tensors.append(tensor)
+            elif fetched:
+                stack.append(keys[fetched])
             stack.append(tensor)
         machine.stack = stack
-        machine.memo.update(zip(range(self._first, self._first + self._memoized), repeat(self), strict=False))
 
     def fetched(self, number: int) -> Any:
         """The value under a number of the memo at which this run stands."""
-        machine = self._machine
-        values: list[Any] = []
-        for state, name, storage_type, storage, tensor in self._rows:
-            shape, stride = tensor.shape, tensor.stride
-            hooks: dict[Any, Any] = {}
-            machine.ordered[id(hooks)] = hooks
-            machine.work.hooks.append(hooks)
-            values += [] if state is None else [state]
-            values += [name] if name else []
-            values += storage.key, _pid(storage_type, storage.key, storage.numel)
-            values += (shape, stride) if shape else ()
-            values += hooks, (storage, tensor.offset, shape, stride, False, hooks), tensor
-        memo = machine.memo
-        memo.update([(n, value) for n, value in enumerate(values, self._first) if memo[n] is self])
+        if not self._starts:
+            counts = ((state is not None) + (name != "") + (7 if t.shape else 5) for state, name, _, t in self._rows)
+            self._starts = list(accumulate(counts, initial=self._first))
+        row, memo = bisect_right(self._starts, number) - 1, self._machine.memo
+        for n, value in enumerate(self._values(*self._rows[row]), self._starts[row]):
+            if memo[n] is self:
+                memo[n] = value
         return memo[number]
+
+    def _values(
+        self, state: dict[Any, Any] | None, name: str, storage_type: _StorageType, tensor: TensorDescriptor
+    ) -> list[Any]:
+        """What a row memoizes."""
+        machine, storage, shape, stride = self._machine, tensor.storage, tensor.shape, tensor.stride
+        assert storage is not None
+        hooks: dict[Any, Any] = {}
+        machine.ordered[id(hooks)] = hooks
+        machine.work.hooks.append(hooks)
+        return [
+            *([] if state is None else [state]),
+            *([name] if name else []),
+            storage.key,
+            _pid(storage_type, storage.key, storage.numel),
+            *([shape, stride] if shape else []),
+            hooks,
+            (storage, tensor.offset, shape, stride, False, hooks),
+            tensor,
+        ]
 
 
 # What holds of all that is read in a row
 
 
-def are_put_in_a_row(
-    rows: Iterable[tuple[bytes, ...]], puts_of: Callable[[tuple[bytes, ...]], tuple[bytes, ...]], first: int
-) -> bool:
-    """Whether all LONG_BINPUTs are numbered one by one from `first` on, where the memo ends.
+def are_put_in_a_row(machine: Machine, *columns: tuple[bytes, ...]) -> bool:
+    """Whether all LONG_BINPUTs are numbered one by one from where the memo ends, and nothing lies behind that.
 
     With one byte for each value that is fetched, no fetched value is then one that is put here.
+
+    Args:
+        columns: the numbers, row by row from left to right; empty where a row has none.
     """
-    puts = b"".join(chain.from_iterable(map(puts_of, rows)))
-    count = len(puts) // 4
-    return first >= _FIRST_OF_FOUR_BYTES and puts == struct.pack(f"<{count}I", *range(first, first + count))
+    first = len(machine.memo)
+    if first < _FIRST_OF_FOUR_BYTES or machine.far_memo:
+        return False
+    numbers = b"".join(chain.from_iterable(zip(*columns, strict=True)))
+    count = len(numbers) // 4
+    return numbers == struct.pack(f"<{count}I", *range(first, first + count))
 
 
-def fetched_from_before(memo: dict[int, Any], number: bytes) -> Any:
-    """The value that is fetched, if its number comes before all that are put here; else None.
-
-    Where a pickle left numbers out, one that is put here may have stood for another value.
-    """
+def fetched_from_before(memo: list[Any], number: bytes) -> Any:
+    """The value that is fetched, if its number comes before all that are put here; else None."""
     index = int.from_bytes(number, "little")
-    value = memo.get(index) if index < len(memo) else None
+    value = memo[index] if index < len(memo) else None
     return value.fetched(index) if value.__class__ is Run else value
+
+
+def _texts(column: tuple[bytes, ...]) -> list[str]:
+    return b",".join(column).decode("ascii").split(",")
 
 
 def _pid(of: _StorageType, key: str, numel: int) -> tuple[str, Global, str, str, int]:

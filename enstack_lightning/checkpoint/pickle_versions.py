@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from itertools import chain
-from operator import itemgetter
 
 from enstack_lightning.checkpoint.pickle_tensors import (
     Machine,
@@ -28,7 +27,6 @@ versions_in_a_row = re.compile(
     re.DOTALL,
 ).match
 _each = re.compile(rb"(?:X(.)\0\0\0([\w.]+)r(....)\})?r(....)j(....)K(.)s", re.DOTALL).findall
-_puts = itemgetter(2, 3)
 
 _OPCODES, _OPCODES_BEFORE = 7, 3
 _BYTES, _BYTES_BESIDE_NAME = len(b"r....j....K.s"), len(b"X....r....}")
@@ -42,22 +40,21 @@ def read_versions(machine: Machine, match: re.Match[bytes], most_opcodes: int) -
     """
     memo, stack = machine.memo, machine.stack
     rows = _each(match.string, match.start(), match.end())
-    lengths, texts, _, _, fetched, _ = zip(*rows, strict=True)
+    lengths, texts, name_puts, dict_puts, fetched, versions = zip(*rows, strict=True)
     opcodes = _OPCODES * len(rows) - _OPCODES_BEFORE
     of_names = sum(map(len, texts)) + _BYTES_BESIDE_NAME * (len(rows) - 1)
     if opcodes > most_opcodes or _BYTES * len(rows) + of_names != match.end() - match.start():
         return 0
-    first = len(memo)
-    if not all(texts[1:]) or not are_as_long(texts, lengths) or not are_put_in_a_row(rows, _puts, first):
+    if not all(texts[1:]) or not are_as_long(texts, lengths) or not are_put_in_a_row(machine, name_puts, dict_puts):
         return 0
     keys = {number: fetched_from_before(memo, number) for number in set(fetched)}
     if not all(map(is_short_text, keys.values())):
         return 0
-    values = [{keys[number]: value[0]} for *_, number, value in rows]
+    values = [{keys[number]: version[0]} for number, version in zip(fetched, versions, strict=True)]
     stack[-1].update(values[0])
     named = list(zip((text.decode("ascii") for text in texts[1:]), values[1:], strict=True))
     memoized = stack[-1:]
     memoized += chain.from_iterable(named)
     stack += memoized[1:]
-    memo.update(enumerate(memoized, first))
+    memo += memoized
     return opcodes

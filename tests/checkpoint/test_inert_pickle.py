@@ -209,6 +209,27 @@ def test_python_2s_names_of_what_torch_allows_are_those_that_torch_puts_for_them
     assert read_pickle(b"\x80\x03c__builtin__\nset\n.").value == Global("__builtin__", "set")
 
 
+def test_the_memo_is_that_of_python_whatever_the_order_of_its_numbers() -> None:
+    for seed in range(300):
+        pickled = numbered_anyhow(random.Random(seed))
+        assert read_pickle(pickled).value == pickle.loads(pickled)
+
+
+def numbered_anyhow(draw: random.Random) -> bytes:
+    """Integers that are put in the memo out of turn, with gaps, over each other, and fetched again."""
+    pickled, known = b"\x80\x04(", set[int]()
+    for value in range(draw.randrange(1, 60)):
+        number = draw.choice((len(known), draw.randrange(20), draw.randrange(300)))
+        memoize = draw.random() < 0.3
+        number = len(known) if memoize else number
+        put = b"q" + bytes([number]) if number < 256 and draw.random() < 0.7 else b"r" + struct.pack("<I", number)
+        pickled += b"K" + bytes([value]) + (b"\x94" if memoize else put)
+        known.add(number)
+        fetched = draw.choice(sorted(known))
+        pickled += b"h" + bytes([fetched]) if fetched < 256 else b"j" + struct.pack("<I", fetched)
+    return pickled + b"t."
+
+
 # What torch writes
 
 

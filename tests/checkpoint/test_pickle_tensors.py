@@ -285,6 +285,27 @@ def test_values_of_the_memo_are_changed_or_replaced_afterwards(in_a_row: tuple[b
     assert sum("hooks" in str(said) for said in hooks) == 11
 
 
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_tensors_in_more_rows_than_one(
+    most: int, pickled: bytes, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that one row has named are fetched in another."""
+    assert_alike(pickled)
+    steps = reads.steps
+    monkeypatch.setattr(pickle_tensors, "MAX_RUN", most)
+    assert_alike(pickled)
+    assert reads.steps - steps > steps
+    for seed in range(MUTATIONS // 9):
+        assert_alike(mutated(pickled, seed))
+
+
+def test_more_tensors_than_one_row_takes(reads: Reads) -> None:
+    state = {number: moments() for number in range(pickle_tensors.MAX_RUN)}
+    assert_alike(torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, "state": state}))
+    assert reads.steps >= 3
+    assert reads.count >= 3 * pickle_tensors.MAX_RUN - 1
+
+
 def test_a_limit_of_opcodes_ends_the_reading_at_the_same_one(pickled: bytes) -> None:
     for most in [*range(200, 2_200, 9), *range(1_400, 1_450)]:
         assert_alike(pickled, most)
