@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import ParamGroupFacts
+from enstack_lightning.checkpoint.mappings import is_mapping
 
 NEXT_RATES = 5
 CURVE_POINTS = 200
@@ -341,7 +342,7 @@ def _parts(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parts = state["_schedulers"]
     if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
         raise _Unknown
-    if not all(isinstance(part, Mapping) for part in parts):
+    if not all(is_mapping(part) for part in parts):
         raise _Unknown
     return parts
 
@@ -424,7 +425,7 @@ def _milestone_counts(value: object) -> dict[int, int]:
     function, args = getattr(value, "function", None), getattr(value, "args", None)
     if str(function) == "collections.Counter" and isinstance(args, tuple) and len(args) == 1:
         value = args[0]
-    if not isinstance(value, Mapping) or len(value) > MAX_MILESTONES:
+    if not is_mapping(value) or len(value) > MAX_MILESTONES:
         raise _Unknown
     counts = {_count(step, lowest=-(2**63)): _count(times) for step, times in value.items()}
     return {step: times for step, times in counts.items() if step >= 0}

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,7 @@ from enstack_lightning.checkpoint.ledger_file import (
     Header,
     Loader,
 )
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.guard.flavor import FITTING, Callback, rank_zero_warn
 from enstack_lightning.guard.training_data import length_of
 
@@ -358,4 +359,4 @@ def loader_facts(trainer: Trainer) -> Loader:
 
 
 def _length(thing: Any) -> int | None:
-    return None if isinstance(thing, Mapping) else length_of(thing)
+    return None if is_mapping(thing) else length_of(thing)

@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from enstack_lightning.checkpoint.facts import Facts, Format, OptimizerFacts, RunFacts, SchedulerFacts
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.lightning import (
     lightning_content,
     lightning_facts,
@@ -218,12 +219,12 @@ def run_entries(trainer: Trainer, run: RunFacts, loaded: Facts | None, parts: Pa
 def _listed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_listed(v) for v in value]
-    return {name: _listed(v) for name, v in value.items()} if isinstance(value, Mapping) else value
+    return {name: _listed(v) for name, v in value.items()} if is_mapping(value) else value
 
 
 def _hyper_parameters(module: Any) -> Mapping[str, Any]:
     hyper_parameters = getattr(module, "hparams", None)
-    return plain(hyper_parameters) if isinstance(hyper_parameters, Mapping) else {}
+    return plain(hyper_parameters) if is_mapping(hyper_parameters) else {}
 
 
 def _parameters(trainer: Trainer, parts: Parts) -> dict[str, Any]:
@@ -323,7 +324,7 @@ def _scheduler(trainer: Trainer, scheduler: Any) -> SchedulerFacts:
 def _scheduler_state(scheduler: Any) -> Mapping[str, Any]:
     """Its `state_dict()`; empty where that is no dict, as a scheduler of the user's own may have it."""
     state = scheduler.state_dict()
-    return state if isinstance(state, Mapping) else {}
+    return state if is_mapping(state) else {}
 
 
 def _scheduled_lr(scheduler: Any) -> tuple[float, ...]:

@@ -8,12 +8,13 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from blake3 import blake3
 
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import Callback, join_imported_flavors
 from enstack_lightning.guard.live import learning_rates
@@ -69,7 +70,7 @@ class StepRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if is_mapping(outputs) else outputs
         line = {
             "epoch": trainer.current_epoch,
             "batch": batch_idx,
@@ -111,7 +112,7 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield f"tensor {plain.dtype} {tuple(plain.shape)}".encode()
         dense = plain.to_dense() if plain.layout is not torch.strided else plain
         yield dense.contiguous().flatten().view(torch.uint8).numpy().data
-    elif isinstance(value, Mapping):
+    elif is_mapping(value):
         yield f"mapping {len(value)}".encode()
         for key in value:
             yield repr(key).encode()

@@ -7,13 +7,14 @@ decode or count.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.lightning import OF_DATA_MODULE
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def length_of(dataset: Any) -> int | None:
 
 def _of_data_module(module: object) -> str | None:
     prints = getattr(module, "fingerprints", None)
-    digest = prints.get("train") if isinstance(prints, Mapping) else None
+    digest = prints.get("train") if is_mapping(prints) else None
     return f"{OF_DATA_MODULE}:{digest}" if isinstance(digest, str) else None
 
 

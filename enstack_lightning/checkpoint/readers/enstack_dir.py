@@ -13,6 +13,7 @@ from typing import Any
 from enstack_lightning.checkpoint.deep import DeepRead
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts
 from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.readers.shapes import misshapen, must_be, not_a_number, shown_value
 from enstack_lightning.checkpoint.readers.states import (
@@ -43,7 +44,7 @@ def read_enstack_folder(location: Location, deep: DeepRead | None = None) -> Fac
     facts = add_weights(add_config(facts, location), location, deep)
     with read_archive(location.child(STATE_FILE), STATE_FILE, location, deep) as archive:
         state = archive.value
-        if isinstance(state, Mapping):
+        if is_mapping(state):
             facts = _add_state(facts, state, archive.read_scalar)
             archive.scan(moments=lambda: named_moments(state.get("optimizer_state_dict")))
         elif state is not None or not archive.defects:
@@ -54,7 +55,7 @@ def read_enstack_folder(location: Location, deep: DeepRead | None = None) -> Fac
 
 def _add_state(facts: Facts, state: Mapping[str, Any], read_scalar: ScalarReader) -> Facts:
     optimizer, scheduler = state.get("optimizer_state_dict"), state.get("scheduler_state_dict")
-    optimizers = (optimizer_of(optimizer, read_scalar),) if isinstance(optimizer, Mapping) else None
+    optimizers = (optimizer_of(optimizer, read_scalar),) if is_mapping(optimizer) else None
     groups = optimizers[0].groups if optimizers else ()
     scaled = at(state, ["scaler_state_dict", "scale"]) is not None
     return dataclasses.replace(
@@ -63,7 +64,7 @@ def _add_state(facts: Facts, state: Mapping[str, Any], read_scalar: ScalarReader
         fields=field_types(state),
         progress=_progress(state),
         optimizers=optimizers,
-        schedulers=(scheduler_of(scheduler, groups),) if isinstance(scheduler, Mapping) else None,
+        schedulers=(scheduler_of(scheduler, groups),) if is_mapping(scheduler) else None,
         run=dataclasses.replace(facts.run, precision="16-mixed" if scaled else None),
         metrics={key: value for key in METRICS if (value := number(state.get(key))) is not None},
     )
@@ -77,7 +78,7 @@ def _misshapen(state: Mapping[str, Any]) -> list[Defect]:
         message = f"total_batches is {shown_value(batches)}, and must be a whole number from 1 up"
         found.append(("total_batches", message))
     scaler = state.get("scaler_state_dict")
-    if scaler is not None and not isinstance(scaler, Mapping):
+    if scaler is not None and not is_mapping(scaler):
         found.append(("scaler_state_dict", must_be("scaler_state_dict", scaler, "a dict")))
     return [Defect(DefectKind.MISSHAPEN, key, message) for key, message in found]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from enstack_lightning.checkpoint.deep import DeepRead
@@ -24,6 +24,7 @@ from enstack_lightning.checkpoint.facts import (
 )
 from enstack_lightning.checkpoint.inert_pickle import Call
 from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.readers.json_file import read_json_object
 from enstack_lightning.checkpoint.readers.shapes import misshapen
@@ -208,7 +209,7 @@ def _add_training(facts: Facts, folder: Location, names: Collection[str], deep: 
 
 def _run(run: RunFacts, scheduler: object) -> RunFacts:
     """The run; its schedule steps with the optimizer, but for those that the Trainer steps after an evaluation."""
-    if isinstance(scheduler, Mapping) and _BY_METRIC.isdisjoint(scheduler):
+    if is_mapping(scheduler) and _BY_METRIC.isdisjoint(scheduler):
         return dataclasses.replace(run, scheduler_intervals=("step",), scheduler_frequencies=(1,))
     return run
 
@@ -233,7 +234,7 @@ def _add_arguments(
         return facts, {}
     facts, value = _add_torch(facts, folder, ARGUMENTS_FILE, deep, "never")
     state = value.state if isinstance(value, Call) else None
-    if not isinstance(state, Mapping):
+    if not is_mapping(state):
         return facts, {}
     arguments = {name: state[name] for name in _ARGUMENTS if _is_plain(state.get(name))}
     processes = state.get("distributed_state")
@@ -257,7 +258,7 @@ def _add_optimizer(
     with read_archive(folder.child(name), name, folder, deep) as archive:
         archive.scan(moments=lambda: named_moments(archive.value))
         value = archive.value
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             optimizers = (*(facts.optimizers or ()), optimizer_of(value, archive.read_scalar))
             facts = dataclasses.replace(facts, optimizers=optimizers)
         facts = archive.complete(facts)
@@ -270,7 +271,7 @@ def _add_scheduler(
     if SCHEDULER_FILE not in names:
         return _with_missing(facts, names, SCHEDULER_FILE), None
     facts, value = _add_torch(facts, folder, SCHEDULER_FILE, deep)
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         groups = facts.optimizers[0].groups if facts.optimizers else ()
         facts = dataclasses.replace(facts, schedulers=(scheduler_of(value, groups),))
     return _with_misfit(facts, SCHEDULER_FILE, value), value
@@ -293,7 +294,7 @@ def _with_missing(facts: Facts, names: Collection[str], name: str) -> Facts:
 
 
 def _with_misfit(facts: Facts, name: str, value: object) -> Facts:
-    if value is None or isinstance(value, Mapping):
+    if value is None or is_mapping(value):
         return facts
     message = f"it holds a {type(value).__name__} where a dict is needed"
     return _with_defect(facts, DefectKind.UNRECOGNISED, name, message)

@@ -16,6 +16,7 @@ from typing import Any
 
 from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts, TensorFacts
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, misshapen, must_be, shown_value
 from enstack_lightning.checkpoint.readers.states import (
     ScalarReader,
@@ -54,7 +55,7 @@ OF_DATA_MODULE = "data module"
 
 def is_lightning(value: object) -> bool:
     """Whether the content of a torch file is a checkpoint of Lightning; without its version Lightning loads none."""
-    return isinstance(value, Mapping) and VERSION_KEY in value
+    return is_mapping(value) and VERSION_KEY in value
 
 
 def read_lightning(archive: TorchArchive, path: str) -> Facts:
@@ -78,7 +79,7 @@ def lightning_content(
     Args:
         known: of the weights, where facts of the same were made before.
     """
-    if not isinstance(checkpoint, Mapping):
+    if not is_mapping(checkpoint):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
     moment = at(guard, ["resume", "point"])
@@ -108,7 +109,7 @@ def lightning_content(
 
 def with_defects(facts: Facts, checkpoint: object) -> Facts:
     """The facts of a Lightning checkpoint's dict with its defects: entries of the wrong form, and what ends a load."""
-    if not isinstance(checkpoint, Mapping):
+    if not is_mapping(checkpoint):
         return facts
     defects = (*misshapen(checkpoint, "optimizer_states", "lr_schedulers"), *_unloadable(checkpoint))
     return dataclasses.replace(facts, defects=defects)
@@ -142,7 +143,7 @@ def _stops_at_once(position: object) -> bool:
     of_workers = at(position, ["_snapshot", "_main_snapshot"])
     sampler = at(position if of_workers is None else of_workers, ["_sampler_iter_state"])
     own = at(sampler, ["sampler_iter_state"])
-    return isinstance(sampler, Mapping) and (own is None or (isinstance(own, Mapping) and set(own) <= _OF_TORCHDATA))
+    return is_mapping(sampler) and (own is None or (is_mapping(own) and set(own) <= _OF_TORCHDATA))
 
 
 def _unloadable(checkpoint: Mapping[str, Any]) -> Iterator[Defect]:
@@ -151,9 +152,9 @@ def _unloadable(checkpoint: Mapping[str, Any]) -> Iterator[Defect]:
     if VERSION_KEY in checkpoint and not (isinstance(version, str) and _VERSION.fullmatch(version)):
         message = f"it is {shown_value(version)}, and must be a version: Lightning would end there"
         yield Defect(DefectKind.DAMAGED, VERSION_KEY, message)
-    if callbacks is not None and not isinstance(callbacks, Mapping):
+    if callbacks is not None and not is_mapping(callbacks):
         yield Defect(DefectKind.DAMAGED, "callbacks", must_be("it", callbacks, "a dict"))
-    odd = [key for key in weights if not isinstance(key, str)] if isinstance(weights, Mapping) else []
+    odd = [key for key in weights if not isinstance(key, str)] if is_mapping(weights) else []
     if odd:
         message = f"{len(odd):,} of its names are no text, the first {shown_value(odd[0])}: a module would not load it"
         yield Defect(DefectKind.DAMAGED, "state_dict", message)
@@ -203,7 +204,7 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _options(value: object) -> tuple[Mapping[str, Any], ...]:
-    return tuple(plain(entry) if isinstance(entry, Mapping) else {} for entry in _list(value))
+    return tuple(plain(entry) if is_mapping(entry) else {} for entry in _list(value))
 
 
 def _with_data_module(run: RunFacts, checkpoint: Mapping[str, Any]) -> RunFacts:
@@ -306,11 +307,11 @@ def _batches_per_epoch(
 
 
 def _guard_state(callbacks: object) -> Any:
-    return callbacks.get("CheckpointGuard") if isinstance(callbacks, Mapping) else None
+    return callbacks.get("CheckpointGuard") if is_mapping(callbacks) else None
 
 
 def _state_keys(callbacks: object) -> tuple[str, ...]:
-    if not isinstance(callbacks, Mapping):
+    if not is_mapping(callbacks):
         return ()
     return tuple(key for key in callbacks if isinstance(key, str))[:MAX_STATE_KEYS]
 
@@ -318,7 +319,7 @@ def _state_keys(callbacks: object) -> tuple[str, ...]:
 def _best_metrics(callbacks: object, read_scalar: ScalarReader) -> dict[str, float]:
     """The best score of every ModelCheckpoint that monitors one."""
     metrics = {}
-    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+    for state in callbacks.values() if is_mapping(callbacks) else ():
         monitor, score = at(state, ["monitor"]), at(state, ["best_model_score"])
         value = number(score)
         value = read_scalar(score) if value is None and hasattr(score, "dtype") else value
@@ -331,7 +332,7 @@ def _hyper_parameters(value: object) -> Mapping[str, Any]:
     """The hyper-parameters as plain values, also where they were saved as an `AttributeDict` or a `Namespace`."""
     if isinstance(value, Call):
         value = value.entries or value.state
-    return plain(value) if isinstance(value, Mapping) else {}
+    return plain(value) if is_mapping(value) else {}
 
 
 def _with_precision(run: RunFacts, checkpoint: Mapping[str, Any]) -> RunFacts:
@@ -342,6 +343,6 @@ def _with_precision(run: RunFacts, checkpoint: Mapping[str, Any]) -> RunFacts:
 
 def _versions(checkpoint: Mapping[str, Any], guard: object) -> dict[str, str]:
     recorded = at(guard, ["versions"])
-    versions = {str(k): str(v) for k, v in recorded.items()} if isinstance(recorded, Mapping) else {}
+    versions = {str(k): str(v) for k, v in recorded.items()} if is_mapping(recorded) else {}
     version = checkpoint.get(VERSION_KEY)
     return {**versions, "lightning": str(version)} if version is not None else versions

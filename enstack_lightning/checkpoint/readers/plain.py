@@ -21,6 +21,7 @@ from enstack_lightning.checkpoint.facts import (
 )
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
 from enstack_lightning.checkpoint.location import Location
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.safetensors import read_safetensors
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import (
@@ -59,7 +60,7 @@ def read_plain_torch(archive: TorchArchive, path: str) -> Facts:
 
 def plain_facts(value: object, path: str, read_scalar: ScalarReader) -> Facts:
     """Facts of what a plain torch file holds, symbolic."""
-    fields = field_types(value) if isinstance(value, Mapping) and not _is_state_dict(value) else {}
+    fields = field_types(value) if is_mapping(value) and not _is_state_dict(value) else {}
     optimizers = tuple(optimizer_of(state, read_scalar) for _, state in _optimizers_in(value))
     schedulers = schedulers_of([state for _, state in _schedulers_in(value)], optimizers)
     weights = tensors_of(weights_in(value))
@@ -84,7 +85,7 @@ def weights_in(value: object) -> dict[str, TensorDescriptor]:
     """
     found = by_name(_tensors_below(value))
     first = {name.partition(".")[0] for name in found}
-    if isinstance(value, Mapping) and len(first) == 1 and isinstance(value.get(key := first.pop()), Mapping):
+    if is_mapping(value) and len(first) == 1 and isinstance(value.get(key := first.pop()), Mapping):
         return {name.removeprefix(f"{key}."): tensor for name, tensor in found.items()}
     return found
 
@@ -110,7 +111,7 @@ def _tensors_below(value: object) -> Iterator[tuple[str, TensorDescriptor]]:
 
 
 def _entries(holder: object) -> Iterator[tuple[str, object]]:
-    if isinstance(holder, Mapping):
+    if is_mapping(holder):
         return ((str(key), inner) for key, inner in holder.items())
     return ((str(i), inner) for i, inner in enumerate(holder)) if isinstance(holder, list | tuple) else iter(())
 
@@ -122,25 +123,25 @@ def _is_state_dict(value: Mapping[Any, Any]) -> bool:
 
 
 def _is_optimizer(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("param_groups"), list) and "state" in value
+    return is_mapping(value) and isinstance(value.get("param_groups"), list) and "state" in value
 
 
 def _is_scheduler(value: object) -> bool:
-    return isinstance(value, Mapping) and "last_epoch" in value and ("base_lrs" in value or "_last_lr" in value)
+    return is_mapping(value) and "last_epoch" in value and ("base_lrs" in value or "_last_lr" in value)
 
 
 def _optimizers_in(value: object) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(name, state) for name, state in _near(value) if isinstance(state, Mapping) and _is_optimizer(state)]
+    return [(name, state) for name, state in _near(value) if is_mapping(state) and _is_optimizer(state)]
 
 
 def _schedulers_in(value: object) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(name, state) for name, state in _near(value) if isinstance(state, Mapping) and _is_scheduler(state)]
+    return [(name, state) for name, state in _near(value) if is_mapping(state) and _is_scheduler(state)]
 
 
 def _near(value: object) -> Iterator[tuple[str, object]]:
     """The value itself, its entries, and the entries of those that are lists or dicts, once each."""
     yield "", value
-    if _is_optimizer(value) or (isinstance(value, Mapping) and _is_state_dict(value)):
+    if _is_optimizer(value) or (is_mapping(value) and _is_state_dict(value)):
         return
     seen: set[int] = set()
     for key, inner in _entries(value):
@@ -148,7 +149,7 @@ def _near(value: object) -> Iterator[tuple[str, object]]:
         if id(inner) in seen:
             continue
         seen.add(id(inner))
-        if not _is_optimizer(inner) and not (isinstance(inner, Mapping) and _is_state_dict(inner)):
+        if not _is_optimizer(inner) and not (is_mapping(inner) and _is_state_dict(inner)):
             yield from ((f"{key}.{name}", innermost) for name, innermost in _entries(inner))
 
 
@@ -164,7 +165,7 @@ def _misshapen_in(value: object) -> tuple[Defect, ...]:
 
 def _progress(value: object) -> ProgressFacts:
     """The counters that loops of one's own usually keep under these names."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return ProgressFacts()
     step = next((n for key in ("global_step", "step", "iteration") if (n := whole(value.get(key))) is not None), None)
     return ProgressFacts(epoch=whole(value.get("epoch")), recorded_global_step=step)

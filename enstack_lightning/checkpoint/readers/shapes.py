@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Defect, DefectKind
+from enstack_lightning.checkpoint.mappings import is_mapping
 
 _INT64_LIMIT = 2**63
-_KEYS, _MAPPINGS = (int, str), (dict, Mapping)
+_KEYS = (int, str)
 _COUNTERS = ("ready", "started", "processed", "completed")
 _EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
 _OF_TORCH = ("amsgrad", "dampening", "differentiable", "foreach", "history_size", "maximize", "ns_steps")
@@ -41,7 +42,7 @@ def misshapen(state: Mapping[str, Any], optimizers: str, schedulers: str) -> tup
     groups = 0
     for where, entry in _each(state, optimizers):
         found += _in_optimizer(entry, where)
-        inner = entry.get("param_groups") if isinstance(entry, Mapping) else None
+        inner = entry.get("param_groups") if is_mapping(entry) else None
         groups += len(inner) if isinstance(inner, list) else 0
     if groups > MAX_GROUPS:
         found.append(f"{optimizers} has {groups:,} param groups, of which {MAX_GROUPS:,} are read")
@@ -64,7 +65,7 @@ def _each(state: Mapping[str, Any], name: str) -> Iterator[tuple[str, object]]:
 
 
 def _in_optimizer(entry: object, where: str) -> Iterator[str]:
-    if not isinstance(entry, Mapping):
+    if not is_mapping(entry):
         yield must_be(where, entry, "a dict")
         return
     if not entry:
@@ -73,15 +74,15 @@ def _in_optimizer(entry: object, where: str) -> Iterator[str]:
     if not isinstance(groups, list):
         yield must_be(f"{where}.param_groups", groups, "a list")
     for i, group in enumerate(groups[:MAX_GROUPS] if isinstance(groups, list) else ()):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        if not is_mapping(group) or not isinstance(group.get("params"), list):
             yield f"{where}.param_groups[{i}] has no list of params"
             continue
         yield from _in_group(group, f"{where}.param_groups[{i}]")
-    if not isinstance(states, Mapping):
+    if not is_mapping(states):
         yield must_be(f"{where}.state", states, "a dict")
         return
     for key, state in states.items():
-        if isinstance(state, _MAPPINGS):
+        if is_mapping(state):
             if "step" in state and _not_a_step(state["step"], ""):  # many, so that their places are named only then
                 yield from _not_a_step(state["step"], f"{where}.state[{shown_value(key):.20}].step")
         elif isinstance(key, int):
@@ -114,7 +115,7 @@ def _not_a_step(step: object, where: str) -> Iterable[str]:
 def _in_scheduler(entry: object, where: str) -> Iterator[str]:
     if entry is None:
         return  # what a scheduler of the user's own may have for a state
-    if not isinstance(entry, Mapping):
+    if not is_mapping(entry):
         yield must_be(where, entry, "a dict")
         return
     if "last_epoch" in entry:
@@ -135,15 +136,15 @@ def _in_loops(loops: object) -> Iterator[str]:
 
     Lightning restores the counters that it finds, and begins without a word at 0 where it finds none.
     """
-    if not isinstance(loops, Mapping):
+    if not is_mapping(loops):
         return  # for a rule to say
     loop = loops.get("fit_loop")
-    if not isinstance(loop, Mapping):
+    if not is_mapping(loop):
         yield must_be("loops.fit_loop", loop, "a dict")
         return
     for name in (_EPOCHS, _BATCHES):
         counter = loop.get(name)
-        if not isinstance(counter, Mapping) or not {"total", "current"} <= counter.keys():
+        if not is_mapping(counter) or not {"total", "current"} <= counter.keys():
             yield f"loops.fit_loop.{name} lacks its counters, total and current: a resume would count from 0"
     for name in ("optim_progress", "optim_step_progress"):  # of automatic and of manual optimization
         if not any(str(entry).endswith(f".{name}") for entry in loop):
@@ -156,7 +157,7 @@ def _in_counters(value: object, where: str) -> Iterator[str]:
     waiting: list[tuple[object, str]] = [(value, where)]
     while waiting:
         entry, path = waiting.pop()
-        if not isinstance(entry, Mapping):
+        if not is_mapping(entry):
             continue
         for key, inner in entry.items():
             if key in ("total", "current"):
@@ -169,7 +170,7 @@ def _in_counters(value: object, where: str) -> Iterator[str]:
 
 
 def _in_counter(value: object, where: str) -> Iterable[str]:
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return [must_be(where, value, "a dict")]
     lacking = [f"{where} lacks its entry {name}" for name in ("ready", "completed") if name not in value]
     present = (name for name in _COUNTERS if name in value)

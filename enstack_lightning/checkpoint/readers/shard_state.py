@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.states import plain
 
 _MODELS = ("state_dict", "model")
@@ -43,7 +44,7 @@ def shard_state(state: Mapping[str, Any]) -> ShardState:
             found.optimizers.append(optimizer)
         elif isinstance(value, TensorDescriptor):
             found.weights[_weight_name(path)] = value
-        elif isinstance(value, Mapping) and path and path[-1] in _SCHEDULERS and "last_epoch" in value:
+        elif is_mapping(value) and path and path[-1] in _SCHEDULERS and "last_epoch" in value:
             found.schedulers.append(value)
     return found
 
@@ -56,7 +57,7 @@ def _walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
         yield at, value
         if _optimizer_form(value):
             continue
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             waiting += [((*at, str(key)), inner) for key, inner in reversed(_in_order(value))]
         elif isinstance(value, list):
             waiting += [((*at, str(i)), inner) for i, inner in reversed(list(enumerate(value)))]
@@ -78,7 +79,7 @@ def _weight_name(path: tuple[str, ...]) -> str:
 
 def _optimizer_form(value: object) -> str:
     """`nested` for `Optimizer.state_dict()`, `flat` for the same with names such as `state.layer.weight.step`."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return ""
     if _GROUPS in value:
         return "nested"
@@ -88,16 +89,16 @@ def _optimizer_form(value: object) -> str:
 
 def _optimizer(value: object) -> dict[str, Any] | None:
     form = _optimizer_form(value)
-    if not form or not isinstance(value, Mapping):
+    if not form or not is_mapping(value):
         return None
     entry = _unflattened(value) if form == "flat" else {**value}
     entry.setdefault(_STATE, {})  # an optimizer that keeps none, such as SGD, leaves nothing to store
-    ids = [p for group in entry[_GROUPS] if isinstance(group, Mapping) for p in _params(group)] \
+    ids = [p for group in entry[_GROUPS] if is_mapping(group) for p in _params(group)] \
         if isinstance(entry[_GROUPS], list) else []  # fmt: skip
     states = entry[_STATE]
     if isinstance(states, list):
         entry[_STATE] = dict(enumerate(states))
-    elif isinstance(states, Mapping) and ids and all(type(p) is int for p in ids):
+    elif is_mapping(states) and ids and all(type(p) is int for p in ids):
         # Numbers of parameters have become text as parts of names.
         entry[_STATE] = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in states.items()}
     return entry

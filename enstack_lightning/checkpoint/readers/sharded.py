@@ -37,6 +37,7 @@ from enstack_lightning.checkpoint.inert_pickle import (
     read_pickle,
 )
 from enstack_lightning.checkpoint.location import Location, leads_out
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.content import is_unfinished
 from enstack_lightning.checkpoint.readers.lightning import VERSION_KEY, lightning_facts
 from enstack_lightning.checkpoint.readers.shard_metadata import (
@@ -323,8 +324,8 @@ def _facts(
         return _plain_facts(path, tree, state, read_scalar)
     with read_archive(folder.location.child(LIGHTNING_FILE), LIGHTNING_FILE, folder.location, deep) as archive:
         archive.scan()
-        rest = archive.value if isinstance(archive.value, Mapping) else {}
-        if archive.value is not None and not isinstance(archive.value, Mapping):
+        rest = archive.value if is_mapping(archive.value) else {}
+        if archive.value is not None and not is_mapping(archive.value):
             message = f"it holds a {type(archive.value).__name__} where a dict is needed"
             archive.defects.append(Defect(DefectKind.UNRECOGNISED, LIGHTNING_FILE, message))
         if VERSION_KEY not in rest:
@@ -355,7 +356,7 @@ def _plain_facts(path: str, tree: Mapping[str, Any], state: ShardState, read_sca
 
 def _is_model(value: object) -> bool:
     return isinstance(value, TensorDescriptor) or (
-        isinstance(value, Mapping) and all(isinstance(v, TensorDescriptor) for v in value.values())
+        is_mapping(value) and all(isinstance(v, TensorDescriptor) for v in value.values())
     )
 
 

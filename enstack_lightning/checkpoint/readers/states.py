@@ -17,6 +17,7 @@ from enstack_lightning.checkpoint.facts import (
     TensorFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import TensorDescriptor
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, MAX_STATES
 from enstack_lightning.checkpoint.schedule import ScheduleFacts, counts_its_steps, describe
 
@@ -34,13 +35,11 @@ Adam and its kin, RMSprop, Adadelta, Rprop, ASGD, Adafactor (torch's and transfo
 _OWN_FIELDS = frozenset(("params", "lr", "initial_lr", "max_lr"))
 _KEYS = (int, str)
 """How an optimizer names its parameters."""
-_MAPPINGS = (dict, Mapping)
-"""What almost every mapping is comes first, for an abstract class takes long to say yes."""
 
 
 def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[OptimizerFacts, ...] | None:
     """Facts of a list of `Optimizer.state_dict()`; None when the value is no such list."""
-    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+    if not isinstance(entries, list) or not all(is_mapping(e) for e in entries):
         return None
     optimizers: list[OptimizerFacts] = []
     left = MAX_GROUPS
@@ -54,10 +53,10 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
     """Facts of one `Optimizer.state_dict()`: `{"state": {id: {...}}, "param_groups": [...]}`."""
     groups = entry.get("param_groups")
     states = entry.get("state")
-    states = states if isinstance(states, Mapping) else {}
+    states = states if is_mapping(states) else {}
     steps, moments, unusable = {}, {}, []
     for key, state in states.items():
-        if not isinstance(state, _MAPPINGS):
+        if not is_mapping(state):
             continue
         if shapes := _moment_shapes(state):
             moments[key] = shapes
@@ -80,7 +79,7 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
 
 def named_weights(state_dict: object) -> dict[str, TensorDescriptor]:
     """The tensors of a state dict from a file, by name; empty when the value is no such dict."""
-    if not isinstance(state_dict, Mapping):
+    if not is_mapping(state_dict):
         return {}
     return by_name((str(name), value) for name, value in state_dict.items() if isinstance(value, TensorDescriptor))
 
@@ -111,9 +110,9 @@ def named_moments(optimizer_states: object) -> dict[str, TensorDescriptor]:
 def _moments_of(entries: list[Any]) -> Iterator[tuple[str, TensorDescriptor]]:
     for i, entry in enumerate(entries):
         states = at(entry, ["state"])
-        for key, state in states.items() if isinstance(states, Mapping) else ():
+        for key, state in states.items() if is_mapping(states) else ():
             place = f"optimizer {i}, parameter {key}, "
-            for name, value in state.items() if isinstance(state, _MAPPINGS) else ():
+            for name, value in state.items() if is_mapping(state) else ():
                 if isinstance(value, TensorDescriptor):
                     yield f"{place}{name}", value
 
@@ -128,7 +127,7 @@ def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:
-    return tuple(_group_of(g, read_scalar) for g in groups if isinstance(g, Mapping))
+    return tuple(_group_of(g, read_scalar) for g in groups if is_mapping(g))
 
 
 def _scalar(value: object, read_scalar: ScalarReader) -> float | None:
@@ -158,7 +157,7 @@ def schedulers_of(
     entries: object, optimizers: Sequence[OptimizerFacts] | None = None
 ) -> tuple[SchedulerFacts, ...] | None:
     """Facts of a list of `LRScheduler.state_dict()`, or None for what has none; None when the value is no such list."""
-    if not isinstance(entries, list) or not all(e is None or isinstance(e, Mapping) for e in entries):
+    if not isinstance(entries, list) or not all(e is None or is_mapping(e) for e in entries):
         return None
     groups = [_groups_under(i, len(entries), optimizers or ()) for i in range(min(len(entries), MAX_STATES))]
     pairs = enumerate(zip(entries, groups, strict=False))
@@ -214,7 +213,7 @@ def schedule_options(state: Mapping[str, Any], depth: int = 3) -> dict[str, Any]
         options["milestones"] = plain(state["_milestones"])
     parts = state.get("_schedulers")
     for number, part in enumerate(parts[:MAX_DESCRIBED] if isinstance(parts, list | tuple) and depth else ()):
-        if isinstance(part, Mapping):
+        if is_mapping(part):
             options |= {f"schedulers[{number}].{k}": v for k, v in schedule_options(part, depth - 1).items()}
     return options
 
@@ -232,7 +231,7 @@ def tensors_of(state_dict: object, known: Iterable[TensorFacts] = ()) -> tuple[T
     Args:
         known: facts made before, perhaps of the same tensors: those that still hold are taken, which is faster.
     """
-    if not isinstance(state_dict, Mapping):
+    if not is_mapping(state_dict):
         return ()
     made = {tensor.name: tensor for tensor in known if not tensor.where}
     tensors = []
@@ -268,7 +267,7 @@ def whole(value: object) -> int | None:
 def at(value: object, path: Iterable[str]) -> Any:
     """The value under nested keys; None as soon as one is missing."""
     for key in path:
-        value = value.get(key) if isinstance(value, _MAPPINGS) else None
+        value = value.get(key) if is_mapping(value) else None
     return value
 
 
@@ -278,7 +277,7 @@ def plain(value: object, depth: int = 6) -> Any:
         return value
     if depth == 0:
         return "…"
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(k): plain(v, depth - 1) for k, v in list(value.items())[:1_000]}
     if isinstance(value, list | tuple):
         return [plain(v, depth - 1) for v in value[:1_000]]

@@ -28,6 +28,7 @@ from enstack_lightning.checkpoint.facts import (
 )
 from enstack_lightning.checkpoint.inert_pickle import DTYPE_BYTES, TensorDescriptor
 from enstack_lightning.checkpoint.location import Location, leads_out
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.json_file import read_json_object
 from enstack_lightning.checkpoint.readers.safetensors import read_safetensors
 from enstack_lightning.checkpoint.readers.states import named_weights, plain, tensors_of
@@ -214,7 +215,7 @@ def _read_torch(weights: _Weights, folder: Location, name: str, deep: DeepRead |
     weights.values += read.values or ()
     for defect in read.defects:
         weights.note(defect)
-    if value is not None and not isinstance(value, Mapping):
+    if value is not None and not is_mapping(value):
         message = f"it holds a {type(value).__name__} where a dict of tensors is needed"
         weights.defect(DefectKind.UNRECOGNISED, name, message)
     _add_sizes(weights, named_weights(value).values())

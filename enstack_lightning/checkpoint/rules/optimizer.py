@@ -132,16 +132,17 @@ def _unfreezing(optimizer: OptimizerFacts, counts: list[float]) -> str:
 def unknown_parameter_state(facts: Facts, options: Options) -> Iterator[Outcome]:
     """The optimizer's state names parameters that are in none of its groups, or a parameter is in two of them."""
     for number, optimizer in enumerate(facts.optimizers or ()):
-        times = Counter(p for g in optimizer.groups for p in g.params)
-        stray = [p for p in {**optimizer.steps, **optimizer.moments} if p not in times]
+        params = [p for g in optimizer.groups for p in g.params]
+        known = set(params)
+        stray = [p for p in {**optimizer.steps, **optimizer.moments} if p not in known]
         if stray and optimizer.groups:
             yield error(
                 f"optimizer {number} has state for {len(stray):,} parameters that are in none of its groups",
                 "optimizer",
                 _OTHER_CHECKPOINT,
             )
-        twice = [p for p, count in times.items() if count > 1]
-        if twice:
+        if len(known) < len(params):
+            twice = [p for p, count in Counter(params).items() if count > 1]
             yield error(
                 f"optimizer {number} has {len(twice):,} parameters in more than one of its groups: "
                 f"{_listed(optimizer, twice)}",

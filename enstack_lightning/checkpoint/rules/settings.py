@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import Facts, Format
+from enstack_lightning.checkpoint.mappings import is_mapping
 
 BATCH_SIZES = ("train_batch_size", "batch_size", "per_device_train_batch_size")
 
@@ -38,7 +39,7 @@ class Settings:
 def settings_of_config(config: Mapping[str, Any]) -> Settings:
     """The settings of a run by its configuration."""
     fit = config.get("fit")
-    config = fit if isinstance(fit, Mapping) else config
+    config = fit if is_mapping(fit) else config
     trainer, model, data = (_section(config, name) for name in ("trainer", "model", "data"))
     if not (trainer or model or data):
         return _settings_of_arguments(config)
@@ -65,7 +66,7 @@ def settings_of_facts(facts: Facts, by_loader: bool = False) -> Settings:
     if facts.format is not Format.LIGHTNING:
         model = {**facts.model_config, **facts.hyper_parameters}
     names = facts.model_config.get("id2label")
-    if isinstance(names, Mapping) and "num_labels" not in model:
+    if is_mapping(names) and "num_labels" not in model:
         model = {**model, "num_labels": len(names)}
     return Settings(
         batch_size=facts.run.batch_size
@@ -100,12 +101,12 @@ def _settings_of_arguments(config: Mapping[str, Any]) -> Settings:
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section's options, of a class that is named there or of the one that is built in."""
     section = config.get(name)
-    if not isinstance(section, Mapping):
+    if not is_mapping(section):
         return {}
     if "class_path" not in section:
         return section
     options = section.get("init_args")
-    return {**options, "_class_path": section["class_path"]} if isinstance(options, Mapping) else section
+    return {**options, "_class_path": section["class_path"]} if is_mapping(options) else section
 
 
 # Values of a configuration
@@ -118,7 +119,7 @@ def same(old: object, new: object) -> bool:
     """
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         return len(old) == len(new) and all(map(same, old, new))
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
+    if is_mapping(old) and is_mapping(new):
         return old.keys() == new.keys() and all(same(old[name], new[name]) for name in old)
     if any(isinstance(value, str) and value.startswith("<") and value.endswith(">") for value in (old, new)):
         return True

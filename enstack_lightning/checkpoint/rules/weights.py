@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import DefectKind, Facts, Format, OddityKind, ValueFacts
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.rules.rule import Options, Outcome, Severity, error, info, passed, rule, warning
 from enstack_lightning.checkpoint.wording import many
 
@@ -166,7 +167,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     names = ("vocab_size", "max_position_embeddings", "type_vocab_size", _HIDDEN, _INNER)
     sizes = {name: config[name] for name in names if type(config.get(name)) is int}
     labels = config.get("id2label")
-    if isinstance(labels, Mapping):
+    if is_mapping(labels):
         return {**sizes, "num_labels": len(labels)}
     count = config.get("num_labels", 2)  # what transformers leaves out when it is 2
     return {**sizes, "num_labels": count} if type(count) is int else sizes
@@ -215,7 +216,7 @@ def _wrong_labels(facts: Facts) -> Iterator[Outcome]:
     """The classifier of a model of any architecture, by the names that transformers gives it."""
     named, labels = facts.model_config.get("architectures"), facts.model_config.get("id2label")
     classifies = isinstance(named, list) and named and _CLASSIFIES.fullmatch(str(named[0]))
-    if not classifies or not isinstance(labels, Mapping) or _is_reshaped(facts):
+    if not classifies or not is_mapping(labels) or _is_reshaped(facts):
         return
     for tensor in facts.tensors:
         if tensor.name in _CLASSIFIERS and len(tensor.shape) == 2 and tensor.shape[0] != len(labels):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
+
+from enstack_lightning.checkpoint.mappings import is_mapping
 
 
 def first_difference(saved: object, loaded: object, where: str = "checkpoint") -> str:
@@ -12,8 +14,8 @@ def first_difference(saved: object, loaded: object, where: str = "checkpoint") -
     if isinstance(saved, torch.Tensor):
         same = isinstance(loaded, torch.Tensor) and saved.shape == loaded.shape and saved.dtype == loaded.dtype
         return "" if same and _equal(saved, loaded) else where  # type: ignore[arg-type]
-    if isinstance(saved, Mapping):
-        if not isinstance(loaded, Mapping) or saved.keys() != loaded.keys():
+    if is_mapping(saved):
+        if not is_mapping(loaded) or saved.keys() != loaded.keys():
             return where
         pairs = [(f"{where}[{key!r}]", value, loaded[key]) for key, value in saved.items()]
     elif isinstance(saved, Sequence) and not isinstance(saved, str | bytes):

@@ -14,6 +14,7 @@ from enstack_lightning.checkpoint.durable import sync_folder
 from enstack_lightning.checkpoint.facts import Format
 from enstack_lightning.checkpoint.manifest import manifest_path, write_manifest
 from enstack_lightning.checkpoint.manifest_file import ManifestEntry
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.errors import CheckpointError
 from enstack_lightning.guard.flavor import rank_zero_warn
 from enstack_lightning.guard.live import versions
@@ -50,14 +51,14 @@ def _fingerprints(checkpoint: Mapping[str, Any]) -> dict[str, str]:
             text = json.dumps(options, sort_keys=True, separators=(",", ":"), default=_named)
             found["config"] = hashlib.sha256(text.encode()).hexdigest()
     for state in checkpoint.values():
-        if isinstance(state, Mapping) and isinstance(state.get("fingerprints"), Mapping):
+        if is_mapping(state) and is_mapping(state.get("fingerprints")):
             found |= {f"data/{split}": str(value) for split, value in state["fingerprints"].items()}
     return found
 
 
 def _named(value: object) -> object:
     """Values that JSON has no form for: paths as text, mappings as objects, others by the name of their class."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return dict(value)
     return str(value) if isinstance(value, os.PathLike) else type(value).__qualname__
 

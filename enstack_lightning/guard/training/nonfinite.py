@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard.flavor import rank_zero_warn
 from enstack_lightning.guard.ranks import on_any_rank
@@ -105,7 +106,7 @@ class NonfiniteWatch:
         """To be called at the end of each training batch."""
         if self.action == "ignore":
             return
-        if _has_scaler(trainer) and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+        if _has_scaler(trainer) and is_mapping(outputs) and isinstance(outputs.get("loss"), Tensor):
             self._see_loss(trainer, outputs["loss"])
         self._batches_since_look += 1
         on_device = self._loss is not None or bool(self._gradients)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.search import NONFINITE_SUFFIX
 from enstack_lightning.guard.flavor import is_model_checkpoint, rank_zero_warn
 from enstack_lightning.guard.ranks import on_any_rank
@@ -181,9 +182,9 @@ class _Gate:
 def _saved_tensors(trainer: Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Of a checkpoint that is being saved, what `_live_tensors` are of the Trainer."""
     weights = checkpoint.get("state_dict")
-    found = {k: weights[k] for k in _trained(trainer) if k in weights} if isinstance(weights, Mapping) else {}
+    found = {k: weights[k] for k in _trained(trainer) if k in weights} if is_mapping(weights) else {}
     for i, state in enumerate(checkpoint.get("optimizer_states") or ()):
-        found |= _moments(i, state.get("state") if isinstance(state, Mapping) else None)
+        found |= _moments(i, state.get("state") if is_mapping(state) else None)
     return {k: v for k, v in found.items() if isinstance(v, Tensor)}
 
 
@@ -192,7 +193,7 @@ def _live_tensors(trainer: Trainer) -> dict[str, Tensor]:
     found: dict[str, Tensor] = _trained(trainer)
     for i, optimizer in enumerate(trainer.optimizers):
         state = getattr(optimizer, "state", None)
-        if isinstance(state, Mapping):
+        if is_mapping(state):
             order = [p for group in optimizer.param_groups for p in group["params"]]
             found |= _moments(i, {n: state[p] for n, p in enumerate(order) if p in state})
     return found
@@ -203,12 +204,12 @@ def _trained(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _moments(optimizer: int, state: object) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping):
+    if not is_mapping(state):
         return {}
     return {
         f"{name} of parameter {key} in optimizer {optimizer}": entry[name]
         for key, entry in state.items()
-        if isinstance(entry, Mapping)
+        if is_mapping(entry)
         for name in _MOMENTS
         if isinstance(entry.get(name), torch.Tensor)
     }
