@@ -110,7 +110,8 @@ class LocalLocation(Location):
         return os.path.lexists(self.path)
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(entry.name for entry in self.path.iterdir()))
+        with os.scandir(self.path) as entries:
+            return tuple(sorted(entry.name for entry in entries))
 
     @property
     def parent(self) -> LocalLocation:
