@@ -103,7 +103,7 @@ def safe_globals() -> frozenset[str]:
     As `_get_user_allowed_globals` in torch/_weights_only_unpickler.py has them.
     """
     return frozenset(
-        known[1] if isinstance(known, tuple) else f"{known.__module__}.{known.__name__}"
+        known[1] if isinstance(known, tuple) else f"{known.__module__}.{known.__qualname__}"
         for known in torch.serialization.get_safe_globals()
     )
 
