@@ -19,7 +19,9 @@ from rank_processes import GRACE_SECONDS, run_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
 from enstack_lightning import CheckpointGuard
+from enstack_lightning.checkpoint import verify_checkpoint
 from enstack_lightning.guard.loading import decision
+from enstack_lightning.guard.loading.decision import Decision
 
 
 class Module(LightningModule):
@@ -113,6 +115,92 @@ def test_all_load_what_rank_zero_was_given_and_are_told_so(saves: Path, tmp_path
     assert of_rank_0.endswith(of_rank_1)
     assert of_rank_1 == f"step 16 from {path}"
     assert of_both(tmp_path, lambda rank: trained(tmp_path, None if rank else path)) == [f"step 16 from {path}"] * 2
+
+
+# On disks of their own
+
+DISKS = (
+    "same/a three/a three/b three/c five/a five/b five/c",
+    "same/a three/a three/c three/d five/a five/c five/d five/e five/f",
+)
+"""What each rank finds in its working folder; `c` is of the same size, and not the same."""
+
+
+def judge(path: str) -> Decision:
+    if path == "no space":
+        raise OSError("no space is left")
+    if path == "no words":
+        raise AssertionError
+    if path == "moved":
+        return Decision("same", verify_checkpoint("same"), {"moved": "moved.corrupt"})
+    return Decision(path)
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one for each rank."""
+    folder = tmp_path_factory.mktemp("disks")
+    for rank, disk in enumerate(DISKS):
+        for name in disk.split():
+            path = folder / str(rank) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{rank if path.name == 'c' else 'x'}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def came(disks: Path) -> dict[str, list[str]]:
+    """What came of each path, on rank 0 and on rank 1."""
+    paths = ("same", "moved", "three", "five", "no space", "no words")
+
+    def work(tell: Tell) -> None:
+        decision._WAITS = ()
+        os.chdir(disks / os.environ["RANK"])
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+        trainer.strategy.setup_environment()
+        judged: list[str] = []
+        for path in paths:
+            judged.clear()
+            try:
+                found = decision.judged_on_rank_zero(trainer, path, lambda asked: judged.append(asked) or judge(asked))
+                said = f"{found.path} {found.report and found.report.path} {found.set_aside}"
+            except Exception as e:
+                said = f"{type(e).__name__} {e}"
+            tell(f"{said}, judged here: {judged}")
+
+    ranks = run_ranks(work, log=disks / "log")
+    assert all(rank.done for rank in ranks), ranks
+    said = zip(*(rank.said[:-1] for rank in ranks), strict=True)
+    return {path: list(pair) for path, pair in zip(paths, said, strict=True)}
+
+
+def test_what_rank_zero_decides_is_known_to_all(came: dict[str, list[str]]) -> None:
+    assert came["same"] == ["same None {}, judged here: ['same']", "same None {}, judged here: []"]
+    moved = "same same {'moved': 'moved.corrupt'}"
+    assert came["moved"] == [f"{moved}, judged here: ['moved']", f"{moved}, judged here: []"]
+
+
+def test_what_fails_on_rank_zero_is_raised_there_and_said_by_all(came: dict[str, list[str]]) -> None:
+    assert came["no space"] == [
+        "OSError no space is left, judged here: ['no space']",
+        "CheckpointGuardError no space is left, judged here: []",
+    ]
+    assert came["no words"] == [
+        "AssertionError , judged here: ['no words']",
+        "CheckpointGuardError AssertionError, judged here: []",
+    ]
+
+
+@pytest.mark.parametrize(("path", "more"), [("three", ""), ("five", "; and 2 more")])
+def test_files_that_differ_are_named_and_counted(path: str, more: str, disks: Path, came: dict[str, list[str]]) -> None:
+    of_rank_0, of_rank_1 = (decision.contents(str(disks / rank / path)) for rank in "01")
+    said = (
+        f"CheckpointGuardError checkpoint {path} is not the same on every rank: rank 1 sees b: it is missing; "
+        f"rank 0: {of_rank_0['b']}; rank 1 sees c: {of_rank_1['c']}; rank 0: {of_rank_0['c']}; "
+        f"rank 1 sees d: {of_rank_1['d']}; rank 0: it is missing{more}. "
+        "Put it where all processes read the same files, or copy it to every node."
+    )
+    assert came[path] == [f"{said}, judged here: ['{path}']", f"{said}, judged here: []"]
 
 
 # What they do
