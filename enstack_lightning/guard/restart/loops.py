@@ -157,9 +157,8 @@ class ExactRestart:
             _once(loop.epoch_loop, "on_run_start", self._begin_streams)
         if self._load_states is not None:
             loop._load_combined_loader_states = self._load_states
-        if self.mine.get("order") and self.order_kept is None and loop._data_fetcher is not None:
-            self._restore_order()  # the loader was made before the checkpoint was loaded
-            iter(loop._data_fetcher)
+        if self._positions is None and loop._data_fetcher is not None and not self.is_epoch_done:
+            self._go_on_in_loader()
         is_over = self.is_epoch_done or (self.point in _IN_EPOCH and batch.is_last_batch)
         if is_over and self._positions is not None:
             self._positions.take_back_fetched()
@@ -271,6 +270,18 @@ class ExactRestart:
                 prepare()
 
         loop._load_combined_loader_states = load
+
+    def _go_on_in_loader(self) -> None:
+        """Where the training loader was made before the checkpoint was loaded, as in `setup`."""
+        loop = self.trainer.fit_loop
+        if self.mine.get("order"):
+            self._restore_order()
+        elif self.mine.get("fetched"):
+            loop._load_combined_loader_states()
+            self._give_fetched_first()
+        else:
+            return  # `restore_loader_position` does what is left
+        iter(loop._data_fetcher)
 
     def _begin_no_stream(self) -> None:
         """Lets Lightning make its first iterator without the loaders of streams: at an epoch's end none of it is used.

@@ -1,0 +1,56 @@
+"""Loaders that are made before a checkpoint is loaded, streams, and what stands at an epoch's end, at a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Stream(IterableDataset):
+    """Gives rows one after the other and keeps its position."""
+
+    def __init__(self) -> None:
+        self.rows = Rows(False)
+        self.begin = self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.given, self.begin = self.begin, 0
+        return map(self._give, range(self.given, ROWS))
+
+    def _give(self, row: int) -> Any:
+        self.given += 1
+        return self.rows[row]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begin = state["given"]
+
+
+class AsksInSetup(Recorded):
+    """Makes its training loader before the checkpoint is loaded, as a schedule that counts the run's steps does."""
+
+    def setup(self, stage: str) -> None:
+        self.steps = self.trainer.estimated_stepping_batches
+
+    def train_dataloader(self) -> Any:
+        return StatefulDataLoader(Stream(), BATCH_SIZE) if self.order == "stream" else super().train_dataloader()
+
+
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "generator", "plain", "stream"])
+def test_a_loader_that_is_made_before_the_checkpoint_is_loaded_goes_on(order: str, tmp_path: Path) -> None:
+    names = ("batch-2", f"batch-{BATCHES}", f"batch-{BATCHES + 2}", "validation-1", "epoch-1")
+    module, trainer = {"order": order}, {"max_epochs": 2}
+    whole = train(tmp_path, module, trainer, saves=names, kind=AsksInSetup)
+    for name in names:
+        again = train(tmp_path / "a", module, trainer, tmp_path / f"{name}.ckpt", seed=9, kind=AsksInSetup)
+        assert differences(whole, again) == [], name
