@@ -36,21 +36,34 @@ class Stream(IterableDataset):
         self.begin = state["given"]
 
 
-class AsksInSetup(Recorded):
-    """Makes its training loader before the checkpoint is loaded, as a schedule that counts the run's steps does."""
-
-    def setup(self, stage: str) -> None:
-        self.steps = self.trainer.estimated_stepping_batches
-
+class OfAStream(Recorded):
     def train_dataloader(self) -> Any:
         return StatefulDataLoader(Stream(), BATCH_SIZE) if self.order == "stream" else super().train_dataloader()
 
 
+class AsksInSetup(OfAStream):
+    """Makes its training loader before the checkpoint is loaded, to know how many steps there will be."""
+
+    def setup(self, stage: str) -> None:
+        self.steps = self.trainer.estimated_stepping_batches
+
+
+class AsksForASchedule(OfAStream):
+    """Makes it before the loops are restored."""
+
+    def configure_optimizers(self) -> Any:
+        self.steps = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
 @pytest.mark.parametrize("order", ["sampler", "shuffle", "generator", "plain", "stream"])
-def test_a_loader_that_is_made_before_the_checkpoint_is_loaded_goes_on(order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [AsksInSetup, AsksForASchedule])
+def test_a_loader_that_is_made_before_the_loops_are_restored_goes_on(
+    kind: type[Recorded], order: str, tmp_path: Path
+) -> None:
     names = ("batch-2", f"batch-{BATCHES}", f"batch-{BATCHES + 2}", "validation-1", "epoch-1")
     module, trainer = {"order": order}, {"max_epochs": 2}
-    whole = train(tmp_path, module, trainer, saves=names, kind=AsksInSetup)
+    whole = train(tmp_path, module, trainer, saves=names, kind=kind)
     for name in names:
-        again = train(tmp_path / "a", module, trainer, tmp_path / f"{name}.ckpt", seed=9, kind=AsksInSetup)
+        again = train(tmp_path / "again", module, trainer, tmp_path / f"{name}.ckpt", seed=9, kind=kind)
         assert differences(whole, again) == [], name

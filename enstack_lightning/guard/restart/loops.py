@@ -157,7 +157,7 @@ class ExactRestart:
             _once(loop.epoch_loop, "on_run_start", self._begin_streams)
         if self._load_states is not None:
             loop._load_combined_loader_states = self._load_states
-        if self._positions is None and loop._data_fetcher is not None and not self.is_epoch_done:
+        if loop._data_fetcher is not None and not self.is_epoch_done:
             self._go_on_in_loader()
         is_over = self.is_epoch_done or (self.point in _IN_EPOCH and batch.is_last_batch)
         if is_over and self._positions is not None:
@@ -272,15 +272,15 @@ class ExactRestart:
         loop._load_combined_loader_states = load
 
     def _go_on_in_loader(self) -> None:
-        """Where the training loader was made before the checkpoint was loaded, as in `setup`."""
+        """Where the training loader was made before the loops were restored: for a schedule, or as early as `setup`."""
         loop = self.trainer.fit_loop
-        if self.mine.get("order"):
+        if self.mine.get("order") and self.order_kept is None:
             self._restore_order()
-        elif self.mine.get("fetched"):
+        elif self.mine.get("fetched") and loop.restarting and loop._combined_loader_states_to_load:
             loop._load_combined_loader_states()
             self._give_fetched_first()
         else:
-            return  # `restore_loader_position` does what is left
+            return
         iter(loop._data_fetcher)
 
     def _begin_no_stream(self) -> None:
