@@ -41,6 +41,9 @@ from enstack_lightning.checkpoint.pickle_values import (
 MAX_RUN = 256
 """Tensors that are read in one step; what it takes for them is used again for the next ones."""
 
+MIN_RUN = 4
+"""Fewer are read opcode by opcode, which is quicker for them."""
+
 _PUT = rb"r(....)"
 _INTEGER = rb"(?:K.|M..|J....)"
 _INTEGERS = rb"\(?" + _INTEGER + rb"{1,8}[t\x85-\x87]"
@@ -53,7 +56,7 @@ tensor_call = re.compile(_CALL, re.DOTALL).match
 """Matches the template from behind its first MARK on; every opcode in it has one way to be matched."""
 
 _next = re.compile(
-    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:(h.|j....)|X(.)\0\0\0([\w.]+)" + _PUT + rb")h(.)\(" + _CALL,
+    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:(h.|j....)|X(.)\0\0\0([\w.]{1,255})" + _PUT + rb")h(.)\(" + _CALL,
     re.DOTALL,
 ).match
 """Matches what leads from one tensor to the next, and that one."""
@@ -139,6 +142,8 @@ def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) ->
     while len(rows) < MAX_RUN and (found := _next(data, at, end)):
         rows.append(found.groups(b""))
         at = found.end()
+    if len(rows) < MIN_RUN:
+        return at, 0
     try:
         run = Run(machine, rows)
     except PickleDefectError:

@@ -23,10 +23,12 @@ from enstack_lightning.checkpoint.pickle_tensors import (
 )
 
 versions_in_a_row = re.compile(
-    rb"r....j....K.s(?:X.\0\0\0[\w.]+r....\}r....j....K.s){0,9999}+",  # possessive, and so without memory for each
+    rb"r....j....K.s(?:X.\0\0\0[\w.]{1,255}r....\}r....j....K.s){3,9999}+",  # possessive: no memory for each
     re.DOTALL,
 ).match
-_each = re.compile(rb"(?:X(.)\0\0\0([\w.]+)r(....)\})?r(....)j(....)K(.)s", re.DOTALL).findall
+"""Matches four entries or more: fewer are read opcode by opcode, which is quicker for them."""
+
+_each = re.compile(rb"(?:X(.)\0\0\0([\w.]{1,255})r(....)\})?r(....)j(....)K(.)s", re.DOTALL).findall
 
 _OPCODES, _OPCODES_BEFORE = 7, 3
 _BYTES, _BYTES_BESIDE_NAME = len(b"r....j....K.s"), len(b"X....r....}")

@@ -7,6 +7,7 @@ import pickletools
 import random
 import re
 import struct
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from enstack_lightning.checkpoint.inert_pickle import (
 )
 
 MUTATIONS = 900
+MIN_RUN = pickle_tensors.MIN_RUN
+
+
+@pytest.fixture(autouse=True)
+def every_row_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are so short that they would be read opcode by opcode."""
+    monkeypatch.setattr(pickle_tensors, "MIN_RUN", 1)
 
 
 def torch_pickle(value: object) -> bytes:
@@ -304,6 +312,41 @@ def test_more_tensors_than_one_row_takes(reads: Reads) -> None:
     assert_alike(torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, "state": state}))
     assert reads.steps >= 3
     assert reads.count >= 3 * pickle_tensors.MAX_RUN - 1
+
+
+@pytest.mark.parametrize("length", [1, MIN_RUN - 1, MIN_RUN])
+def test_rows_that_are_short_are_left_to_the_machine(
+    length: int, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done for a row would take three times as long as one tensor by itself."""
+    monkeypatch.setattr(pickle_tensors, "MIN_RUN", MIN_RUN)
+    tensors = {f"w{n}": torch.ones(2) if n % (length + 1) else n for n in range(5 * length + 5)}
+    assert_alike(torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, **tensors}))
+    assert (reads.count, reads.steps) == ((5 * length, 5) if length == MIN_RUN else (0, 0))
+
+
+@pytest.mark.parametrize(("layers", "times"), [(1, 0), (3, 0), (4, 1)])
+def test_versions_of_few_layers_are_left_to_the_machine(
+    layers: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one they took four times as long as opcode by opcode, and 300,000 of them all the time there is."""
+    looked, in_one_step = [], inert_pickle.read_versions
+    monkeypatch.setattr(inert_pickle, "read_versions", lambda *args: looked.append(1) or in_one_step(*args))
+    versions = {f"module {n}": {f"layer.{m}": {"version": 1} for m in range(layers)} for n in range(9)}
+    assert_alike(torch_pickle({**{f"value {n}": n for n in range(256)}, "one": {"version": 1}, **versions}))
+    assert len(looked) == 9 * times
+
+
+@pytest.mark.parametrize("before", [rb"tr....R(?P<put>r....)", rb"K\x01s(?P<put>)X"])
+def test_a_long_text_behind_a_row_is_not_looked_through(in_a_row: tuple[bytes, int], before: bytes) -> None:
+    """A name in a row has at most 255 bytes; that 60 MB might be one took a third of all the time there is."""
+    pickled, _ = in_a_row
+    last = list(re.finditer(before, pickled, re.DOTALL))[-1]
+    long = pickled[: last.end("put")] + b"X\xff\0\0\0" + b"r" * (60 * 2**20)
+    began = time.process_time()
+    with pytest.raises(PickleDefectError):
+        read_pickle(long)
+    assert time.process_time() - began < 0.2
 
 
 def test_a_limit_of_opcodes_ends_the_reading_at_the_same_one(pickled: bytes) -> None:
