@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import edited, quiet_trainer
 from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,3 +71,157 @@ def test_a_loader_that_is_made_before_the_loops_are_restored_goes_on(
     for name in names:
         again = train(tmp_path / "again", module, trainer, tmp_path / f"{name}.ckpt", seed=9, kind=kind)
         assert differences(whole, again) == [], name
+
+
+# With batches of another size
+
+
+def of_another_size(folder: Path, name: str, batch_size: int, **trainer: Any) -> Any:
+    """The run that was saved at a moment, and the one that goes on from it."""
+    whole = train(folder, {}, trainer, saves=(name,))
+    path = folder / f"{name}.ckpt"
+    return whole, train(folder / "again", {"batch_size": batch_size}, trainer, path, seed=9)
+
+
+def steps_in(run: dict[str, Any], epoch: int) -> list[Any]:
+    return [event for event in run["events"] if event[0] == "step" and event[1] == epoch]
+
+
+def test_loggers_count_each_step_once_where_a_validation_was_due_after_as_many_batches(tmp_path: Path) -> None:
+    _, again = of_another_size(tmp_path, "batch-9", 2, max_epochs=2, val_check_interval=2)
+    assert len(steps_in(again, 1)) == 10
+    assert again["counters"]["stepped"] == 9 + 10
+
+
+def test_no_more_batches_are_trained_than_the_epoch_is_limited_to(tmp_path: Path) -> None:
+    _, again = of_another_size(tmp_path, "batch-5", 2, max_epochs=2, limit_train_batches=4)
+    assert [step[2] for step in steps_in(again, 1)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["batch-9", "epoch-1"])
+def test_an_epoch_that_was_not_begun_is_trained_whole(name: str, tmp_path: Path) -> None:
+    _, again = of_another_size(tmp_path, name, 2, max_epochs=3)
+    assert [step[2] for step in steps_in(again, 2)] == list(range(ROWS // 2))
+    assert len(steps_in(again, 1)) == (10 if name == "batch-9" else ROWS // 2)
+
+
+def test_gradients_of_batches_of_another_size_are_left_out(tmp_path: Path) -> None:
+    def without_gradients(checkpoint: dict[str, Any]) -> None:
+        (rank,) = checkpoint["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
+        assert rank["gradients"]
+        rank["gradients"] = {}
+
+    trainer = {"accumulate_grad_batches": 3, "max_epochs": 2}
+    train(tmp_path, {}, trainer, saves=("batch-9",))
+    kept = tmp_path / "batch-9.ckpt"
+    bare = edited(kept, tmp_path / "bare.ckpt", without_gradients)
+    runs = [train(tmp_path / "again", {"batch_size": 2}, trainer, path, seed=9) for path in (kept, bare)]
+    assert runs[0]["weights"] == runs[1]["weights"]
+
+
+# Workers of validation that last
+
+
+def test_workers_that_had_not_started_start_when_they_would_have(tmp_path: Path) -> None:
+    module = {"num_workers": 1, "persistent": True}
+    trainer = {"num_sanity_val_steps": 0, "max_epochs": 2}
+    whole = train(tmp_path, module, trainer, saves=("batch-2",))
+    assert differences(whole, train(tmp_path / "again", module, trainer, tmp_path / "batch-2.ckpt", seed=9)) == []
+
+
+# Of another number of processes
+
+
+class Sees(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.seen.append(float(trainer.callback_metrics.get("val_loss", -1)))
+
+
+def test_callbacks_see_the_figures_that_they_saw_last(tmp_path: Path) -> None:
+    def of_two(checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"]["CheckpointGuard"]["resume"]["ranks"] *= 2
+
+    before, after = Sees(), Sees()
+    train(tmp_path, {}, {"max_epochs": 2}, callbacks=(before,), saves=("batch-9",))
+    path = edited(tmp_path / "batch-9.ckpt", tmp_path / "two.ckpt", of_two)
+    train(tmp_path / "again", {}, {"max_epochs": 2}, path, (after,), seed=9)
+    assert after.seen[0] == before.seen[9] > 0
+
+
+# Loaders that are made anew by epoch
+
+
+class NumberedEarly(AsksForASchedule):
+    """Notes the epoch that its training loader is made in, which is made before the loops are restored as well."""
+
+    def train_dataloader(self) -> Any:
+        self.events.append(["step", float(self.trainer.current_epoch)])
+        return super().train_dataloader()
+
+
+def test_a_loader_of_a_schedule_is_made_again_as_in_the_epoch_that_it_was_made_in(tmp_path: Path) -> None:
+    trainer = {"reload_dataloaders_every_n_epochs": 3, "max_epochs": 6}
+    train(tmp_path, {}, trainer, saves=(f"batch-{4 * BATCHES + 2}",))
+    again = train(
+        tmp_path / "again", {}, trainer, tmp_path / f"batch-{4 * BATCHES + 2}.ckpt", seed=9, kind=NumberedEarly
+    )
+    assert [event[1] for event in again["events"] if len(event) == 2 and event[0] == "step"][-1] == 3.0
+
+
+# After a restart that failed
+
+
+class Failed(Exception):
+    pass
+
+
+class FailsOnce(OfAStream):
+    """Fails in a hook of the first run, and notes in the second what the loops have of their own as it starts."""
+
+    def __init__(self, hook: str, order: str) -> None:
+        super().__init__(order=order)
+        self.hook, self.failed = hook, False
+        self.left: set[str] = set()
+
+    def on_fit_start(self) -> None:
+        self._fail("on_fit_start")
+
+    def on_train_start(self) -> None:
+        self._fail("on_train_start")
+
+    def _fail(self, hook: str) -> None:
+        if not self.failed and hook == self.hook:
+            self.failed = True
+            raise Failed
+        if self.failed:
+            loop = self.trainer.fit_loop
+            for owner in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+                self.left |= {"setup_data", "reset", "advance", "on_run_start"} & set(vars(owner))
+
+
+OPTIONS = {"reload_dataloaders_every_n_epochs": 1, "check_val_every_n_epoch": 3, "max_epochs": 2}
+
+
+@pytest.mark.parametrize("order", ["stream", "plain"])
+def test_a_restart_that_failed_leaves_nothing_to_the_next_fit(order: str, tmp_path: Path) -> None:
+    names = ("batch-2", "epoch-1")
+    train(tmp_path, {"order": order}, OPTIONS, saves=names, kind=OfAStream)
+    for name in names:
+        module, trainer = FailsOnce("on_train_start", order), quiet_trainer(tmp_path, CheckpointGuard(), **OPTIONS)
+        with pytest.raises(Failed):
+            trainer.fit(module, ckpt_path=tmp_path / f"{name}.ckpt")
+        trainer.fit(module)
+        assert module.left == set()
+
+
+def test_a_restart_that_failed_early_leaves_the_sanity_check_to_later_fits(tmp_path: Path) -> None:
+    """Lightning resumes again in the next fit, as it has the checkpoint still."""
+    train(tmp_path, {}, OPTIONS, saves=("batch-2",))
+    module, trainer = FailsOnce("on_fit_start", "sampler"), quiet_trainer(tmp_path, CheckpointGuard(), **OPTIONS)
+    with pytest.raises(Failed):
+        trainer.fit(module, ckpt_path=tmp_path / "batch-2.ckpt")
+    trainer.fit(module)
+    assert trainer.num_sanity_val_steps == 2

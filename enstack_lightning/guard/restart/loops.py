@@ -358,6 +358,8 @@ class ExactRestart:
             f"{max(left):,} of {loop.max_batches:,} are left of the size of now, with the rows not trained in it yet. "
             "The run is not the one that never stopped"
         )
+        if max(left) and self.point != "after_batch" and not loop.epoch_loop._should_accumulate():
+            loop.epoch_loop._batches_that_stepped += 1  # as after the batch of the save, of which nothing is done again
         done = max(0, loop.max_batches - max(left))
         total = loop.epoch_loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed = total.ready + done - batch.ready
