@@ -58,6 +58,7 @@ from enstack_lightning.guard.loading.resume_report import log_scalars, resume_li
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.ranks import on_any_rank
 from enstack_lightning.guard.restart.exactness import lost_guarantees
+from enstack_lightning.guard.restart.fetched_ahead import remember_batch_in_hand
 from enstack_lightning.guard.restart.layer_options import changed_options, options_of
 from enstack_lightning.guard.restart.loader_position import (
     keep_random_state_of_workers,
@@ -184,10 +185,13 @@ class CheckpointGuard(Callback):
         self._trainer: Trainer | None = None
         self._restart: ExactRestart | None = None
         self._stop_watching_steps: Callable[[], None] | None = None
+        self._forget_batch_in_hand: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one Trainer stays with it, and is made anew for the Trainer of a copy.
-        of_one = dict.fromkeys(("_checkpoint_io", "_trainer", "_restart", "_stop_watching_steps"))
+        of_one = dict.fromkeys(
+            ("_checkpoint_io", "_trainer", "_restart", "_stop_watching_steps", "_forget_batch_in_hand")
+        )
         return vars(self) | of_one | {"_health": self._health.anew()}
 
     # Before loading
@@ -254,9 +258,10 @@ class CheckpointGuard(Callback):
     def _forget_restart(self) -> None:
         if self._restart is not None:
             self._restart.uninstall()
-        if self._stop_watching_steps is not None:
-            self._stop_watching_steps()
-        self._restart = self._stop_watching_steps = None
+        for stop in (self._stop_watching_steps, self._forget_batch_in_hand):
+            if stop is not None:
+                stop()
+        self._restart = self._stop_watching_steps = self._forget_batch_in_hand = None
 
     # After loading
 
@@ -312,6 +317,7 @@ class CheckpointGuard(Callback):
         self._options_at_start = options_of(parts)
         self._health.start(trainer, self._checkpoint_io)
         self._stop_watching_steps = watch_steps(trainer)
+        self._forget_batch_in_hand = remember_batch_in_hand(trainer)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded

@@ -2,13 +2,15 @@
 
 Lightning fetches one batch ahead from loaders without a length, to know the last batch when it comes
 (`_PrefetchDataFetcher`). The position that a loader with a state saves is then behind a batch that no one has trained,
-and a resume would leave it out. So these batches are saved too, and come first again.
+and a resume would leave it out. So it is behind the batch in hand where a save comes inside a step, as that of an
+exception does: the epoch would end one batch early, and without its validation. So these batches are saved too, and
+come first again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +24,55 @@ MOST_BYTES = 64 * 2**20
 """Of the batches of one process; larger ones are not kept in its checkpoints."""
 
 
+class _BatchInHand:
+    """Stands in for `convert_input` of a precision plugin, which Lightning gives each batch as the loader gave it."""
+
+    def __init__(self, convert_input: Callable[[Any], Any]) -> None:
+        self._convert_input = convert_input
+        self.batch: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"batch": None}
+
+    def __call__(self, data: Any) -> Any:
+        self.batch = data
+        return self._convert_input(data)
+
+
+def remember_batch_in_hand(trainer: Trainer) -> Callable[[], None]:
+    """Keeps the batch that is being trained, where the training loader has a state.
+
+    Args:
+        trainer: a Trainer that is about to train.
+
+    Returns:
+        Ends it.
+    """
+    if not any(map(has_state, loaders_of(trainer.fit_loop))):
+        return lambda: None
+    plugin: Any = trainer.precision_plugin
+    own = vars(plugin).get("convert_input")
+    plugin.convert_input = _BatchInHand(plugin.convert_input)
+
+    def stop() -> None:
+        del plugin.convert_input
+        if own is not None:
+            plugin.convert_input = own
+
+    return stop
+
+
+def _batch_in_hand(trainer: Trainer) -> list[Any]:
+    """The batch whose step is not over; empty between two steps, and where it is not known."""
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    holder = vars(trainer.precision_plugin).get("convert_input")
+    return [holder.batch] if isinstance(holder, _BatchInHand) and batch.ready == batch.processed + 1 else []
+
+
 def capture_fetched(trainer: Trainer) -> list[Any] | None:
-    """The batches fetched ahead from a loader with a state; None where they cannot be kept in a checkpoint."""
+    """The batches taken from a loader with a state and not trained; None where they cannot be kept in a checkpoint."""
     loop = trainer.fit_loop
-    batches = [batch for batch, *_ in getattr(loop._data_fetcher, "batches", ())]
+    batches = _batch_in_hand(trainer) + [batch for batch, *_ in getattr(loop._data_fetcher, "batches", ())]
     loaders = loaders_of(loop)
     if not batches or not any(map(has_state, loaders)):
         return []

@@ -182,7 +182,8 @@ def capture_order(trainer: Trainer) -> dict[str, Any] | None:
     order, loop = _only_order(trainer), trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
     done = progress.current.processed
-    if order is None or not 0 < done < loop.max_batches or progress.is_last_batch:
+    in_step = progress.current.ready > done
+    if order is None or not 0 < done < loop.max_batches or (progress.is_last_batch and not in_step):
         return None
     position = order.position(done)
     epoch: Any = loop.epoch_progress.current

@@ -149,11 +149,15 @@ def keeps_its_position(loader: Any) -> bool:
 
 
 def has_ended(loader: Any) -> bool:
-    """Whether workers had come to the data set's end, all of them, where the loader's next iterator goes on.
+    """Whether the data set's end had come, for all workers where there are some, where the next iterator goes on.
 
-    torchdata asks them for one batch more all the same, and a data set that is at its beginning again would give it.
+    torchdata asks for one batch more all the same, or begins anew, and a data set that is at its beginning again would
+    give its rows once more.
     """
-    snapshot = (getattr(loader, "next_iter_state", None) or {}).get("_snapshot") or {}
+    state = getattr(loader, "next_iter_state", None) or {}
+    if state.get("_iterator_finished"):
+        return True
+    snapshot = state.get("_snapshot") or {}
     fetchers = [worker.get("fetcher_state") or {} for worker in snapshot.get("_worker_snapshots", {}).values()]
     return bool(fetchers) and all(fetcher.get("fetcher_ended") for fetcher in fetchers)
 

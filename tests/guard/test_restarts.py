@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import edited, quiet_trainer
 from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
 from lightning.pytorch import Callback, Trainer
@@ -39,7 +41,9 @@ class Stream(IterableDataset):
 
 class OfAStream(Recorded):
     def train_dataloader(self) -> Any:
-        return StatefulDataLoader(Stream(), BATCH_SIZE) if self.order == "stream" else super().train_dataloader()
+        if self.order != "stream":
+            return super().train_dataloader()
+        return StatefulDataLoader(Stream(), BATCH_SIZE, num_workers=self.num_workers)
 
 
 class AsksInSetup(OfAStream):
@@ -221,3 +225,82 @@ def test_a_restart_that_failed_early_leaves_the_sanity_check_to_later_fits(tmp_p
         trainer.fit(module, ckpt_path=tmp_path / "batch-2.ckpt")
     trainer.fit(module)
     assert trainer.num_sanity_val_steps == 2
+
+
+# Saves inside a step
+
+
+class Fails(OfAStream):
+    """Ends its second epoch with an exception: in a step or before it."""
+
+    in_hook, at_batch = "training_step", 0
+
+    def _fail(self, hook: str, batch_idx: int) -> None:
+        if (hook, self.trainer.current_epoch, batch_idx) == (self.in_hook, 1, self.at_batch):
+            raise RuntimeError("out of memory")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._fail("on_train_batch_start", batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self._fail("training_step", batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self._fail("on_before_zero_grad", self.trainer.fit_loop.epoch_loop.batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._fail("on_train_batch_end", batch_idx)
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+
+class SavesWhatFailed(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def rows_of(run: dict[str, Any], epoch: int) -> list[Any]:
+    return [event[4] for event in run["events"] if event[0] == "step" and event[1] == epoch]
+
+
+def validations(run: dict[str, Any]) -> list[int]:
+    return [event[1] for event in run["events"] if event[0] == "validation"]
+
+
+STEP = ("on_train_batch_start", "training_step", "on_before_zero_grad")
+
+
+@pytest.mark.parametrize("at_batch", [2, BATCHES - 1])
+@pytest.mark.parametrize("order", ["sampler", "plain", "stream"])
+def test_the_batch_of_a_step_that_failed_comes_from_workers(order: str, at_batch: int, tmp_path: Path) -> None:
+    module, trainer = {"order": order, "num_workers": 1}, {"max_epochs": 2}
+    whole = train(tmp_path, module, trainer, kind=OfAStream)
+    kind = type("Failing", (Fails,), {"in_hook": "training_step", "at_batch": at_batch})
+    path = tmp_path / "failed.ckpt"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
+    again = train(tmp_path / "again", module, trainer, path, seed=9, kind=OfAStream)
+    assert rows_of(again, 1) == rows_of(whole, 1)[at_batch:]
+    assert validations(again) == [1]
+
+
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "generator", "plain", "stream"])
+@pytest.mark.parametrize(
+    ("hook", "at_batch"), [(hook, n) for n in (0, 2, BATCHES - 1) for hook in STEP] + [("on_train_batch_end", 2)]
+)
+def test_the_batch_of_a_step_that_failed_is_trained(order: str, hook: str, at_batch: int, tmp_path: Path) -> None:
+    module, trainer = {"order": order}, {"max_epochs": 2}
+    whole = train(tmp_path, module, trainer, kind=OfAStream)
+    kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
+    path = tmp_path / "failed.ckpt"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
+    again = train(tmp_path / "again", module, trainer, path, seed=9, kind=OfAStream)
+    rows, expected = rows_of(again, 1), rows_of(whole, 1)[at_batch + (hook == "on_train_batch_end") :]
+    if order == "plain" and at_batch == 0:  # of an epoch that nothing is trained of the order is drawn anew
+        rows, expected = ([sorted(chain.from_iterable(batches))] for batches in (rows, expected))
+    assert rows == expected
+    assert validations(again) == [1]
