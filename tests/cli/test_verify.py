@@ -72,6 +72,10 @@ def suspicious(good: Path, tmp_path: Path) -> Path:
     return edited(good, tmp_path / "suspicious.ckpt", edit)
 
 
+LONG = 800
+"""Checkpoints that take longer than progress waits before it is shown, on a quick machine too."""
+
+
 def many(folder: Path, checkpoint: Path, count: int) -> Path:
     """A folder of so many checkpoints."""
     folder.mkdir()
@@ -475,23 +479,23 @@ def test_names_beyond_ascii_are_shown_where_they_can_be(good: Path, tmp_path: Pa
 
 
 def test_progress_is_shown_on_a_terminal_and_leaves_the_results_alone(good: Path, tmp_path: Path) -> None:
-    folder = many(tmp_path / "many", good, 200)
+    folder = many(tmp_path / "many", good, LONG)
     seen, piped, status = on_a_terminal("verify", folder, stdout_too=False)
     assert status == 0
-    assert "of 200" in seen
+    assert f"of {LONG}" in seen
     assert "\x1b[2K" in seen, "the bar is taken away"
-    assert len(piped.splitlines()) == 200 + 4
+    assert len(piped.splitlines()) == LONG + 4
     assert "\x1b" not in piped
     both, _, _ = on_a_terminal("verify", folder, NO_COLOR="1")
     shown = [re.sub(r"\x1b\[\?25[hl]", "", line.rpartition("\x1b[2K")[2]) for line in both.split("\n")]
     passed = [line.strip("\r") for line in shown if line.startswith("PASS")]
-    assert len(passed) == 200
+    assert len(passed) == LONG
     for line, whole in zip(passed, piped.splitlines(), strict=False):  # a terminal folds long lines
         assert whole.startswith(line.rstrip())
 
 
 def test_nobody_is_shown_progress_who_did_not_ask_or_cannot_see_it(good: Path, tmp_path: Path) -> None:
-    folder = many(tmp_path / "many", good, 200)
+    folder = many(tmp_path / "many", good, LONG)
     assert on_a_terminal("verify", "-q", folder, stdout_too=False)[0] == ""
     assert on_a_terminal("verify", folder, stdout_too=False, TERM="dumb")[0] == ""
     assert enstack("verify", folder).stderr == ""
