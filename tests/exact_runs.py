@@ -335,6 +335,7 @@ def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
             path = place / "whole" / f"{name}.ckpt"
             found.append(train(place / str(number), options["module"], two, path, seed=50 + rank + number))
         (place / f"rank-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()  # whose threads may end a process with an abort where it ends without
 
 
 if __name__ == "__main__":
