@@ -273,16 +273,20 @@ def validations(run: dict[str, Any]) -> list[int]:
 STEP = ("on_train_batch_start", "training_step", "on_before_zero_grad")
 
 
+def after_a_failure(folder: Path, module: dict[str, Any], hook: str, at_batch: int) -> tuple[Any, Any]:
+    """The run that never failed, and the one that goes on from what an exception saved."""
+    trainer, path = {"max_epochs": 2}, folder / "failed.ckpt"
+    whole = train(folder, module, trainer, kind=OfAStream)
+    kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(folder, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
+    return whole, train(folder / "again", module, trainer, path, seed=9, kind=OfAStream)
+
+
 @pytest.mark.parametrize("at_batch", [2, BATCHES - 1])
 @pytest.mark.parametrize("order", ["sampler", "plain", "stream"])
 def test_the_batch_of_a_step_that_failed_comes_from_workers(order: str, at_batch: int, tmp_path: Path) -> None:
-    module, trainer = {"order": order, "num_workers": 1}, {"max_epochs": 2}
-    whole = train(tmp_path, module, trainer, kind=OfAStream)
-    kind = type("Failing", (Fails,), {"in_hook": "training_step", "at_batch": at_batch})
-    path = tmp_path / "failed.ckpt"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
-    again = train(tmp_path / "again", module, trainer, path, seed=9, kind=OfAStream)
+    whole, again = after_a_failure(tmp_path, {"order": order, "num_workers": 1}, "training_step", at_batch)
     assert rows_of(again, 1) == rows_of(whole, 1)[at_batch:]
     assert validations(again) == [1]
 
@@ -292,13 +296,7 @@ def test_the_batch_of_a_step_that_failed_comes_from_workers(order: str, at_batch
     ("hook", "at_batch"), [(hook, n) for n in (0, 2, BATCHES - 1) for hook in STEP] + [("on_train_batch_end", 2)]
 )
 def test_the_batch_of_a_step_that_failed_is_trained(order: str, hook: str, at_batch: int, tmp_path: Path) -> None:
-    module, trainer = {"order": order}, {"max_epochs": 2}
-    whole = train(tmp_path, module, trainer, kind=OfAStream)
-    kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
-    path = tmp_path / "failed.ckpt"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
-    again = train(tmp_path / "again", module, trainer, path, seed=9, kind=OfAStream)
+    whole, again = after_a_failure(tmp_path, {"order": order}, hook, at_batch)
     rows, expected = rows_of(again, 1), rows_of(whole, 1)[at_batch + (hook == "on_train_batch_end") :]
     if order == "plain" and at_batch == 0:  # of an epoch that nothing is trained of the order is drawn anew
         rows, expected = ([sorted(chain.from_iterable(batches))] for batches in (rows, expected))
