@@ -85,7 +85,7 @@ def weights_in(value: object) -> dict[str, TensorDescriptor]:
     """
     found = by_name(_tensors_below(value))
     first = {name.partition(".")[0] for name in found}
-    if is_mapping(value) and len(first) == 1 and isinstance(value.get(key := first.pop()), Mapping):
+    if is_mapping(value) and len(first) == 1 and is_mapping(value.get(key := first.pop())):
         return {name.removeprefix(f"{key}."): tensor for name, tensor in found.items()}
     return found
 
@@ -105,7 +105,7 @@ def _tensors_below(value: object) -> Iterator[tuple[str, TensorDescriptor]]:
             name = f"{path}.{key}" if path else key
             if isinstance(inner, TensorDescriptor):
                 yield name, inner
-            elif isinstance(inner, Mapping | list | tuple):
+            elif is_mapping(inner) or isinstance(inner, list | tuple):
                 below.append((name, inner))
         waiting += reversed(below)
 
