@@ -167,21 +167,18 @@ class _Machine:
                         end = self.leave_frame()
                     opcode = data[at]
                     at += 1
-                    if opcode == 0x72:  # LONG_BINPUT
-                        index = uint32(data, at)[0]
-                        at += 4
+                    if opcode == 0x72 or opcode == 0x71:  # LONG_BINPUT, BINPUT
+                        if opcode == 0x72:
+                            index = uint32(data, at)[0]
+                            at += 4
+                        else:
+                            index = data[at]
+                            at += 1
                         if index == len(memo) and not far_memo:
                             memo.append(stack[-1])
                         else:
                             self.at = at
                             self.memoize(index, stack[-1])
-                    elif opcode == 0x71:  # BINPUT
-                        if data[at] == len(memo) and not far_memo:
-                            memo.append(stack[-1])
-                        else:
-                            self.at = at
-                            self.memoize(data[at], stack[-1])
-                        at += 1
                     elif opcode == 0x94:  # MEMOIZE
                         self.memoize(len(memo) + len(far_memo), stack[-1])
                         self.refused.add(opcode)
