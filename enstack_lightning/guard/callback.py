@@ -184,14 +184,11 @@ class CheckpointGuard(Callback):
         self._options_at_start: dict[str, float] = {}
         self._trainer: Trainer | None = None
         self._restart: ExactRestart | None = None
-        self._stop_watching_steps: Callable[[], None] | None = None
-        self._forget_batch_in_hand: Callable[[], None] | None = None
+        self._stops_watching: tuple[Callable[[], None], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one Trainer stays with it, and is made anew for the Trainer of a copy.
-        of_one = dict.fromkeys(
-            ("_checkpoint_io", "_trainer", "_restart", "_stop_watching_steps", "_forget_batch_in_hand")
-        )
+        of_one = dict.fromkeys(("_checkpoint_io", "_trainer", "_restart")) | {"_stops_watching": ()}
         return vars(self) | of_one | {"_health": self._health.anew()}
 
     # Before loading
@@ -258,10 +255,9 @@ class CheckpointGuard(Callback):
     def _forget_restart(self) -> None:
         if self._restart is not None:
             self._restart.uninstall()
-        for stop in (self._stop_watching_steps, self._forget_batch_in_hand):
-            if stop is not None:
-                stop()
-        self._restart = self._stop_watching_steps = self._forget_batch_in_hand = None
+        for stop in self._stops_watching:
+            stop()
+        self._restart, self._stops_watching = None, ()
 
     # After loading
 
@@ -316,8 +312,7 @@ class CheckpointGuard(Callback):
         self._run = run_of(trainer, self._given, parts)
         self._options_at_start = options_of(parts)
         self._health.start(trainer, self._checkpoint_io)
-        self._stop_watching_steps = watch_steps(trainer)
-        self._forget_batch_in_hand = remember_batch_in_hand(trainer)
+        self._stops_watching = watch_steps(trainer), remember_batch_in_hand(trainer)
         if self._loaded is None:
             return
         path, loaded = self._loaded.path, self._loaded

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from enstack_lightning.guard.restart.rows import has_ended, has_state, loaders_of
+from enstack_lightning.guard.restart.rows import has_ended, has_state, is_inside_a_step, loaders_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -64,9 +64,8 @@ def remember_batch_in_hand(trainer: Trainer) -> Callable[[], None]:
 
 def _batch_in_hand(trainer: Trainer) -> list[Any]:
     """The batch whose step is not over; empty between two steps, and where it is not known."""
-    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     holder = vars(trainer.precision_plugin).get("convert_input")
-    return [holder.batch] if isinstance(holder, _BatchInHand) and batch.ready == batch.processed + 1 else []
+    return [holder.batch] if isinstance(holder, _BatchInHand) and is_inside_a_step(trainer) else []
 
 
 def capture_fetched(trainer: Trainer) -> list[Any] | None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from enstack_lightning.guard.restart.own_generators import generators_of, set_state, state_of
 from enstack_lightning.guard.restart.rng import capture_random_state, restore_random_state
-from enstack_lightning.guard.restart.rows import loaders_of, may_draw
+from enstack_lightning.guard.restart.rows import is_inside_a_step, loaders_of, may_draw
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -182,8 +182,7 @@ def capture_order(trainer: Trainer) -> dict[str, Any] | None:
     order, loop = _only_order(trainer), trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
     done = progress.current.processed
-    in_step = progress.current.ready > done
-    if order is None or not 0 < done < loop.max_batches or (progress.is_last_batch and not in_step):
+    if order is None or not 0 < done < loop.max_batches or (progress.is_last_batch and not is_inside_a_step(trainer)):
         return None
     position = order.position(done)
     epoch: Any = loop.epoch_progress.current

@@ -28,6 +28,12 @@ def loaders_of(loop: Any) -> list[Any]:
     return list(combined.flattened) if combined is not None else []
 
 
+def is_inside_a_step(trainer: Trainer) -> bool:
+    """Whether a batch has been taken whose step is not over."""
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(batch.ready > batch.processed)
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tells the samplers of a loader their epoch, as Lightning does only once the loader stands at its position."""
     for told in (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
