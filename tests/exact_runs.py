@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryAveragePrecision, BinaryF1Score, BinaryRecall
@@ -50,6 +51,25 @@ class Rows(Dataset):
         if self.noise:
             features = features + 0.1 * torch.rand(4) + random.random() * 0.1 + float(np.random.rand()) * 0.1
         return features, (features.sum() > 0).long(), row
+
+
+class Counting(IterableDataset):
+    """Gives rows one after the other, and keeps its position in a number that its iterators share."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = Rows(False)
+        while self.at < ROWS:
+            self.at += 1
+            yield rows[self.at - 1]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
 
 
 class Recorded(LightningModule):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders import edited
-from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Counting, Recorded, Rows, differences, train
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import (
     BatchSampler,
@@ -124,25 +124,6 @@ class Noisy(Stream):
 class Shuffled(Stream):
     def order(self) -> list[int]:
         return torch.randperm(ROWS).tolist()
-
-
-class Counting(Stream):
-    """Keeps its position in a number that its iterators share."""
-
-    at = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        rows = Rows(False)
-        while self.at < ROWS:
-            self.at += 1
-            yield rows[self.at - 1]
-        self.at = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
 
 
 class CountingShort(Counting):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from builders import edited, quiet_trainer
-from exact_runs import BATCH_SIZE, BATCHES, ROWS, Recorded, Rows, differences, train
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Counting, Recorded, differences, train
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.guard import CheckpointGuard
@@ -20,30 +18,11 @@ from enstack_lightning.guard import CheckpointGuard
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Stream(IterableDataset):
-    """Gives rows one after the other, and keeps its position in a number that its iterators share."""
-
-    at = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        rows = Rows(False)
-        while self.at < ROWS:
-            self.at += 1
-            yield rows[self.at - 1]
-        self.at = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
-
-
 class OfAStream(Recorded):
     def train_dataloader(self) -> Any:
         if self.order != "stream":
             return super().train_dataloader()
-        return StatefulDataLoader(Stream(), BATCH_SIZE, num_workers=self.num_workers)
+        return StatefulDataLoader(Counting(), BATCH_SIZE, num_workers=self.num_workers)
 
 
 class AsksInSetup(OfAStream):
