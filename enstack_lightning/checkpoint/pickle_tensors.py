@@ -1,7 +1,8 @@
 r"""Reads what a pickle says of tensors in a row in one step: nine tenths of a checkpoint's pickle are the same opcodes.
 
 They follow a name that stands on the stack, `torch._utils._rebuild_tensor_v2`, and are what Python's pickler makes of
-torch's tensors in protocol 2 when 256 values have been memoized; `#n` is the n-th value memoized from here on:
+torch's tensors in protocol 2; `#n` is the n-th value memoized from here on, by LONG_BINPUT or, for the first 256 values
+of a pickle, by BINPUT:
 
     MARK MARK BINGET 'storage'  BINGET torch.FloatStorage
          BINUNICODE '203' #0  BINGET 'cpu'  number of elements  TUPLE #1  BINPERSID
@@ -22,7 +23,7 @@ from __future__ import annotations
 import re
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
 from operator import itemgetter
@@ -44,26 +45,46 @@ MAX_RUN = 256
 MIN_RUN = 4
 """Fewer are read opcode by opcode, which is quicker for them."""
 
-_PUT = rb"r(....)"
 _INTEGER = rb"(?:K.|M..|J....)"
 _INTEGERS = rb"\(?" + _INTEGER + rb"{1,8}[t\x85-\x87]"
 _CALL = (
-    rb"\((h.h.)X(.)\0\0\0([0-9]{1,9})" + _PUT + rb"(h.)(" + _INTEGER + rb")t" + _PUT + rb"Q(" + _INTEGER + rb")"
-    rb"(?:\)\)|(" + _INTEGERS + rb")" + _PUT + rb"(" + _INTEGERS + rb")" + _PUT + rb")"
-    rb"\x89h(.)\)R" + _PUT + rb"t" + _PUT + rb"R" + _PUT
+    rb"\((h.h.)X(.)\0\0\0([0-9]{1,9})PUT(h.)(" + _INTEGER + rb")tPUTQ(" + _INTEGER + rb")"
+    rb"(?:\)\)|(" + _INTEGERS + rb")PUT(" + _INTEGERS + rb")PUT)\x89h(.)\)RPUTtPUTRPUT"
 )
-tensor_call = re.compile(_CALL, re.DOTALL).match
-"""Matches the template from behind its first MARK on; every opcode in it has one way to be matched."""
+_BETWEEN = rb"(?:u(" + _INTEGER + rb")\}PUT\()?(?:(h.|j....)|X(.)\0\0\0([\w.]{1,255})PUT)h(.)\("
 
-_next = re.compile(
-    rb"(?:u(" + _INTEGER + rb")\}" + _PUT + rb"\()?(?:(h.|j....)|X(.)\0\0\0([\w.]{1,255})" + _PUT + rb")h(.)\(" + _CALL,
-    re.DOTALL,
-).match
-"""Matches what leads from one tensor to the next, and that one."""
+tensor_call = re.compile(rb"\(h.h.X.\0\0\0[0-9]", re.DOTALL).match
+"""Matches the beginning of the template behind its first MARK."""
+
+_Match = Callable[[bytes, int, int], re.Match[bytes] | None]
+
+
+class _Form(NamedTuple):
+    """How the numbers of memoized values are written.
+
+    Attributes:
+        first: matches the template from behind its first MARK on; every opcode in it has one way to be matched.
+        following: matches what leads from one tensor to the next, and that one.
+        end: of the numbers that can be written so.
+        letter: each of them, as `struct` has it.
+    """
+
+    first: _Match
+    following: _Match
+    end: int
+    letter: str
+
+
+def _form(put: bytes, end: int, letter: str) -> _Form:
+    first, following = (re.compile(p.replace(b"PUT", put), re.DOTALL).match for p in (_CALL, _BETWEEN + _CALL))
+    return _Form(first, following, end, letter)
+
+
+_SHORT, _LONG = _form(rb"q(.)", 2**8, "B"), _form(rb"r(....)", 2**32, "I")
 
 
 class _Columns(NamedTuple):
-    """The groups of `_next`, each of all tensors in a row; empty where a tensor has none."""
+    """The groups of `_Form.following`, each of all tensors in a row; empty where a tensor has none."""
 
     state_key: tuple[bytes, ...]
     state_put: tuple[bytes, ...]
@@ -93,7 +114,6 @@ class _Columns(NamedTuple):
 _NOTHING_BEFORE = (b"",) * _Columns._fields.index("kind")
 _puts = itemgetter(*(number for number, name in enumerate(_Columns._fields) if name.endswith("_put")))
 
-_FIRST_OF_FOUR_BYTES = 256
 _OPCODES = 23
 """Of a tensor with its key and its function, besides those that make its sizes and these:"""
 _OPCODES_OF_A_STATE, _OPCODES_OF_A_NAME, _OPCODES_BEFORE = 5, 1, 3
@@ -123,10 +143,14 @@ class Machine(Protocol):
     def storage(self, pid: object) -> StorageDescriptor: ...
 
 
-def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) -> tuple[int, int]:
-    """Does what the opcodes of a match of `tensor_call` would do, behind the MARK that the machine stands at.
+def read_tensors(machine: Machine, start: re.Match[bytes], most_opcodes: int) -> tuple[int, int]:
+    """Does what the opcodes of the template would do, behind the MARK that the machine stands at.
 
     So it does with those of the tensors that follow.
+
+    Args:
+        start: a match of `tensor_call`.
+        most_opcodes: that may be done.
 
     Returns:
         Where the last of them ends, and how many opcodes have been done: 0, and nothing else, when they are to be read
@@ -135,11 +159,13 @@ def read_tensors(machine: Machine, match: re.Match[bytes], most_opcodes: int) ->
     Raises:
         PickleDefectError: as the machine would.
     """
-    data, end, at = match.string, match.endpos, match.end()
-    if len(machine.memo) < _FIRST_OF_FOUR_BYTES or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+    data, end, at = start.string, start.endpos, start.start()
+    form = _form_of(machine)
+    found = form.first(data, at, end)
+    if found is None or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
         return at, 0
-    rows = [_NOTHING_BEFORE + match.groups(b"")]
-    while len(rows) < MAX_RUN and (found := _next(data, at, end)):
+    rows, at = [_NOTHING_BEFORE + found.groups(b"")], found.end()
+    while len(rows) < MAX_RUN and (found := form.following(data, at, end)):
         rows.append(found.groups(b""))
         at = found.end()
     if len(rows) < MIN_RUN:
@@ -314,19 +340,21 @@ class Run:
 
 
 def are_put_in_a_row(machine: Machine, *columns: tuple[bytes, ...]) -> bool:
-    """Whether all LONG_BINPUTs are numbered one by one from where the memo ends, and nothing lies behind that.
-
-    With one byte for each value that is fetched, no fetched value is then one that is put here.
+    """Whether all values are memoized one by one from where the memo ends, and nothing lies behind that.
 
     Args:
-        columns: the numbers, row by row from left to right; empty where a row has none.
+        columns: their numbers, row by row from left to right; empty where a row has none.
     """
-    first = len(machine.memo)
-    if first < _FIRST_OF_FOUR_BYTES or machine.far_memo:
+    first, form = len(machine.memo), _form_of(machine)
+    numbers = b"".join(map(b"".join, zip(*columns, strict=True)))
+    end = first + len(numbers) // struct.calcsize(form.letter)
+    if machine.far_memo or end > form.end:
         return False
-    numbers = b"".join(chain.from_iterable(zip(*columns, strict=True)))
-    count = len(numbers) // 4
-    return numbers == struct.pack(f"<{count}I", *range(first, first + count))
+    return numbers == struct.pack(f"<{end - first}{form.letter}", *range(first, end))
+
+
+def _form_of(machine: Machine) -> _Form:
+    return _SHORT if len(machine.memo) < _SHORT.end else _LONG
 
 
 def fetched_from_before(memo: list[Any], number: bytes) -> Any:

@@ -162,6 +162,38 @@ def test_tensors_in_a_row_are_read_in_one_step(in_a_row: tuple[bytes, int], read
     assert (reads.count, reads.steps) == (11, 3)
 
 
+@pytest.fixture(scope="module")
+def among_the_first() -> bytes:
+    """Tensors in a row, and the states of an optimizer, whose numbers in the memo have one byte, and then four."""
+    weights = {name: torch.ones(3, 2) for name in ("a.weight", "a.bias", "queue", "q", "d")}
+    return torch_pickle({"first": torch.ones(2), "weights": weights, "state": {n: moments() for n in range(13)}})
+
+
+def test_tensors_among_the_first_values_are_read_in_one_step(among_the_first: bytes, reads: Reads) -> None:
+    read = read_pickle(among_the_first)
+    # Not the first, which names what the others fetch, nor the one at which one byte is no longer enough.
+    assert reads.count == len(read.tensors) - 2
+    assert reads.steps == 3
+    assert_alike(among_the_first)
+
+
+def test_every_byte_of_tensors_among_the_first_values_changed(among_the_first: bytes) -> None:
+    for at in range(len(among_the_first)):
+        changed = bytearray(among_the_first)
+        changed[at] ^= (0x01, 0x10, 0xFF)[at % 3]
+        assert_alike(bytes(changed))
+    for seed in range(MUTATIONS // 3):
+        assert_alike(mutated(among_the_first, seed))
+
+
+def test_one_of_the_first_values_fetched_or_put_elsewhere(among_the_first: bytes) -> None:
+    """Each fetch led to each value, those of the same row too; each number put there given to another one."""
+    for form, step in ((rb"h(.)", 13), (rb"q(.)", 67)):
+        for use in re.finditer(form, among_the_first, re.DOTALL):
+            for value in range(use.start() % step, 256, step):
+                assert_alike(among_the_first[: use.start(1)] + bytes([value]) + among_the_first[use.end(1) :])
+
+
 def test_versions_of_layers_are_read_in_one_step(in_a_row: tuple[bytes, int], monkeypatch: pytest.MonkeyPatch) -> None:
     opcodes, in_one_step = [], inert_pickle.read_versions
     monkeypatch.setattr(inert_pickle, "read_versions", lambda *args: opcodes.append(in_one_step(*args)) or opcodes[-1])
@@ -260,11 +292,12 @@ def test_rows_that_are_refused_again_and_again_take_no_longer(monkeypatch: pytes
     count = 300
     weights = {f"w{n}": torch.ones(2) for n in range(count)}
     pickled = torch_pickle({"first": torch.ones(2), **{f"value {n}": n for n in range(256)}, **weights})
-    last = list(inert_pickle.tensor_call.__self__.finditer(pickled))[-1]
+    last = list(pickle_tensors._LONG.first.__self__.finditer(pickled))[-1]
     odd = pickled[: last.start(4)] + b"\xff\xff\0\0" + pickled[last.end(4) :]
     looked = []
-    following = pickle_tensors._next
-    monkeypatch.setattr(pickle_tensors, "_next", lambda *args: looked.append(1) or following(*args))
+    form = pickle_tensors._LONG
+    counted = form._replace(following=lambda *args: looked.append(1) or form.following(*args))
+    monkeypatch.setattr(pickle_tensors, "_LONG", counted)
     assert_alike(odd)
     assert count - 1 <= len(looked) < 2 * count
 
@@ -418,7 +451,7 @@ def test_shapes_that_are_written_otherwise_are_left_to_the_machine(pickled: byte
 
 def test_what_stands_elsewhere_in_the_memo_is_left_to_the_machine(pickled: bytes) -> None:
     """The name of the function, of the storage, of the device: each replaced by another value of the memo."""
-    calls = list(inert_pickle.tensor_call.__self__.finditer(pickled))
+    calls = list(pickle_tensors._LONG.first.__self__.finditer(pickled))
     assert len(calls) > 10
     call = calls[3]
     fetched = [call.start(1) + 1, call.start(1) + 3, call.start(2), call.start(5) + 1, call.start(13)]
