@@ -11,8 +11,10 @@ import torch
 from builders import edited, quiet_trainer
 from exact_runs import BATCH_SIZE, BATCHES, ROWS, Counting, Recorded, differences, train
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard import CheckpointGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -252,9 +254,9 @@ def validations(run: dict[str, Any]) -> list[int]:
 STEP = ("on_train_batch_start", "training_step", "on_before_zero_grad")
 
 
-def after_a_failure(folder: Path, module: dict[str, Any], hook: str, at_batch: int) -> tuple[Any, Any]:
+def after_a_failure(folder: Path, module: dict[str, Any], hook: str, at_batch: int, **trainer: Any) -> tuple[Any, Any]:
     """The run that never failed, and the one that goes on from what an exception saved."""
-    trainer, path = {"max_epochs": 2}, folder / "failed.ckpt"
+    trainer, path = {"max_epochs": 2, **trainer}, folder / "failed.ckpt"
     whole = train(folder, module, trainer, kind=OfAStream)
     kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -281,3 +283,62 @@ def test_the_batch_of_a_step_that_failed_is_trained(order: str, hook: str, at_ba
         rows, expected = ([sorted(chain.from_iterable(batches))] for batches in (rows, expected))
     assert rows == expected
     assert validations(again) == [1]
+
+
+# Saves on an exception of a batch's last hook
+
+
+@pytest.mark.parametrize("at_batch", [2, BATCHES - 1])
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "generator", "plain", "stream"])
+def test_what_was_due_after_a_batch_whose_hook_failed_is_done(order: str, at_batch: int, tmp_path: Path) -> None:
+    """In the last batch of all the validation and the epoch's end are due, and nothing is to be trained."""
+    whole, again = after_a_failure(tmp_path, {"order": order}, "on_train_batch_end", at_batch)
+    assert differences(whole, again) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer"),
+    [
+        ({"plateau": True}, {}),
+        ({}, {"val_check_interval": 3}),
+        ({}, {"accumulate_grad_batches": 4}),
+        ({}, {"check_val_every_n_epoch": 3, "max_epochs": 3}),
+    ],
+    ids=["plateau", "validation inside", "accumulation", "no validation"],
+)
+@pytest.mark.parametrize("at_batch", [2, BATCHES - 1])
+def test_what_was_due_after_a_batch_whose_hook_failed_is_done_as_the_run_is_set(
+    module: dict[str, Any], trainer: dict[str, Any], at_batch: int, tmp_path: Path
+) -> None:
+    whole, again = after_a_failure(tmp_path, module, "on_train_batch_end", at_batch, **trainer)
+    assert differences(whole, again) == []
+
+
+class FailsAtTheEnd(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2 * BATCHES:
+            pl_module.eval()  # as to draw samples, of which the exception is
+            raise RuntimeError("out of memory")
+
+
+def test_the_last_epoch_ends_after_a_callback_failed_in_its_last_batch(tmp_path: Path) -> None:
+    trainer = {"max_epochs": 2}
+
+    def saves() -> Callback:
+        return ModelCheckpoint(tmp_path, "{epoch}-{step}", "val_loss", save_top_k=-1, save_on_exception=True)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, trainer, callbacks=(FailsAtTheEnd(), saves()))
+    failed, ended = (tmp_path / f"epoch=1-step={2 * BATCHES}{version}.ckpt" for version in ("", "-v1"))
+    again = train(tmp_path, {}, trainer, failed, (saves(),), seed=9)
+    assert differences(train(tmp_path / "whole", {}, trainer), again) == []
+    with pytest.raises(CheckpointGuardError, match="CK906 max_epochs is 2, and 2 epochs are done"):
+        train(tmp_path, {}, trainer, ended)
+
+
+def test_layers_that_a_failed_hook_had_put_into_evaluation_are_trained(tmp_path: Path) -> None:
+    trainer, path = {"max_epochs": 3}, tmp_path / "failed.ckpt"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, trainer, callbacks=(FailsAtTheEnd(), SavesWhatFailed(path)))
+    again = train(tmp_path / "again", {}, trainer, path, seed=9)
+    assert differences(train(tmp_path / "whole", {}, trainer), again) == []

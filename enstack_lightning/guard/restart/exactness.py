@@ -55,6 +55,10 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
     elif restart.point == "elsewhere":
         lost.append("it was saved at no moment that a run can go on at: what was left of that step or epoch is lost")
+    elif restart.point == "batch_end_failed":
+        lost.append(
+            "it was saved at no moment that a run can go on at exactly: what was left of that batch's hooks is lost"
+        )
     elif restart.point == "epoch_start":
         lost.append("it was saved in on_train_epoch_start, and hooks of that epoch's start are called again")
     if restart is not None and restart.resume.get("told_to_stop"):

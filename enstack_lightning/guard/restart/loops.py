@@ -8,8 +8,9 @@ total (#20603); SWA has no scheduler for the rest of its epoch. `ExactRestart` d
 first, with everything as it stood then.
 
 What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
-after the callback that saved it; and which ModelCheckpoint saved last, so that one may save a step again. A checkpoint
-of the middle of a step (an exception) restarts as Lightning restarts it, with random state put back.
+after the callback that saved it, or after an exception in it; and which ModelCheckpoint saved last, so that one may
+save a step again. A checkpoint of the middle of a step (an exception) restarts as Lightning restarts it, with random
+state put back.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callb
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_IN_EPOCH = ("batch_end", "validation_end", "after_batch")
+_IN_EPOCH = ("batch_end", "batch_end_failed", "validation_end", "after_batch")
 _EPOCH_DONE = ("epoch_end", "between_epochs", "epoch_start")
 
 

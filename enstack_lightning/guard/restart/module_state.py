@@ -42,12 +42,12 @@ def capture_module_state(trainer: Trainer, parts: Parts, point: str) -> dict[str
         point: the moment of the save.
 
     Returns:
-        `evaluating`: the names of layers in evaluation mode, None in the middle of a step; `hook`: the module's hook
-        that the save came before, or None; its attributes as `taken_down` has them; and `buffers`, checksums of those
-        that are not persistent.
+        `evaluating`: the names of layers in evaluation mode, None where a step or hook has failed; `hook`: the module's
+        hook that the save came before, or None; its attributes as `taken_down` has them; and `buffers`, checksums of
+        those that are not persistent.
     """
     module = trainer.lightning_module
-    known = point != "elsewhere"
+    known = point not in ("elsewhere", "batch_end_failed")
     return {
         "evaluating": _evaluating(trainer, parts, point) if known else None,
         "hook": _hook_to_come(module) if known and point != "epoch_start" else None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies that keep every parameter whole in each process."""
 
-_IN_EPOCH = ("batch_end", "validation_end", "after_batch")
+_IN_EPOCH = ("batch_end", "batch_end_failed", "validation_end", "after_batch")
 
 
 def watch_steps(trainer: Trainer) -> Callable[[], None]:

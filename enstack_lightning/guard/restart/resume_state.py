@@ -32,13 +32,22 @@ from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-Point = Literal["batch_end", "validation_end", "after_batch", "epoch_end", "between_epochs", "epoch_start", "elsewhere"]
+Point = Literal[
+    "batch_end",
+    "batch_end_failed",
+    "validation_end",
+    "after_batch",
+    "epoch_end",
+    "between_epochs",
+    "epoch_start",
+    "elsewhere",
+]
 """The moment of a save.
 
-batch_end: in `on_train_batch_end`, before the validation that may follow. validation_end: in `on_validation_end`.
-after_batch: between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch.
-between_epochs: after it. epoch_start: in `on_train_epoch_start`. elsewhere: anything else, such as the middle of a step
-that raised an exception.
+batch_end: in `on_train_batch_end`, before the validation that may follow. batch_end_failed: on an exception of that
+hook. validation_end: in `on_validation_end`. after_batch: between two batches, all that follows a batch done.
+epoch_end: in `on_train_epoch_end` of a whole epoch. between_epochs: after it. epoch_start: in `on_train_epoch_start`.
+elsewhere: anything else, such as the middle of a step that raised an exception.
 """
 
 
@@ -115,6 +124,8 @@ def point_of(trainer: Trainer) -> Point:
             # A signal's exception is raised in a validation, or when all that follows a batch is done.
             if is_a(sys.exception(), "SIGTERMException") and trainer.training:
                 return "after_batch"
+        elif after_exception(trainer):
+            return "batch_end_failed"
     elif epoch.ready == epoch.started == epoch.processed and loop.epoch_loop._num_ready_batches_reached():
         if hook == "on_train_epoch_end":
             return "epoch_end"
