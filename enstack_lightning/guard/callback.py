@@ -38,6 +38,7 @@ from enstack_lightning.guard.loading.decision import (
     Decision,
     check_form,
     guard_loading,
+    is_loaded_as_it_stands,
     is_of_the_tuner,
     reads_formats_of_its_own,
     safe_globals,
@@ -271,7 +272,7 @@ class CheckpointGuard(Callback):
             loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
         else:
             known = judged.facts if judged is not None else None
-            loaded, is_as_judged = loaded_as_judged(checkpoint, path, known)
+            loaded, is_as_judged = loaded_as_judged(checkpoint, path, known, is_loaded_as_it_stands(trainer, self))
             if self.repair and trainer.state.fn == FITTING:
                 self.repairs = repair_checkpoint(checkpoint, trainer, loaded)
                 if self.repairs:

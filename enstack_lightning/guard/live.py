@@ -78,14 +78,23 @@ def loaded_facts(checkpoint: Mapping[str, Any], path: str) -> Facts:
     return lightning_facts(checkpoint, path, _scalar)
 
 
-def loaded_as_judged(checkpoint: Mapping[str, Any], path: str, judged: Facts | None) -> tuple[Facts, bool]:
+def loaded_as_judged(
+    checkpoint: Mapping[str, Any], path: str, judged: Facts | None, as_it_stands: bool = False
+) -> tuple[Facts, bool]:
     """Facts of the dict that was loaded, and whether it holds what was judged in the file.
 
     Its defects are looked for where it does not: hooks of a module may have changed it on the way.
+
+    Args:
+        as_it_stands: nobody can have changed it. Then the optimizers' states, which take the longest, are not read
+            again: they are judged once more when they have been restored.
     """
-    loaded = lightning_content(checkpoint, path, _scalar, judged.tensors if judged is not None else ())
-    if judged is not None and _same_content(judged, loaded):
-        return loaded, True
+    if judged is None:
+        return loaded_facts(checkpoint, path), False
+    for optimizers in (judged.optimizers, None) if as_it_stands else (None,):
+        loaded = lightning_content(checkpoint, path, _scalar, judged.tensors, optimizers)
+        if _same_content(judged, loaded):
+            return loaded, True
     return with_defects(loaded, checkpoint), False
 
 

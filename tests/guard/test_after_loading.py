@@ -14,10 +14,13 @@ import datasets
 import pytest
 import torch
 from builders import edited, enstack_folder, every_epoch, every_step, quiet_trainer, truncate
+from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision, TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.migration import utils as migration
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as schedules
@@ -25,6 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from enstack_lightning import CheckpointGuard, CheckpointGuardError
 from enstack_lightning.checkpoint import Report, Severity, Verdict, verify_checkpoint
+from enstack_lightning.checkpoint.readers import lightning as lightning_reader
+from enstack_lightning.guard import live
 from enstack_lightning.guard.live import loaded_as_judged, loaded_facts
 
 EPOCHS = 4
@@ -764,13 +769,99 @@ def test_what_was_never_judged_is_judged_when_loaded(plain: Path) -> None:
     assert loaded_as_judged(checkpoint, str(plain), None) == (loaded_facts(checkpoint, str(plain)), False)
 
 
-def test_a_hook_that_puts_a_wrong_form_into_the_checkpoint_is_refused(plain: Path) -> None:
-    class Damages(Net):
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            of_the_optimizer(checkpoint)[0]["step"] = torch.zeros(2)
+def damage(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    of_the_optimizer(checkpoint)[0]["step"] = torch.zeros(2)
+    return checkpoint
 
+
+class DamagingNet(Net):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        damage(checkpoint)
+
+
+class DamagingCallback(Callback):
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        damage(checkpoint)
+
+
+class DamagingStrategy(SingleDeviceStrategy):
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return damage(super().load_checkpoint(*args, **kwargs))
+
+
+class DamagingIO(TorchCheckpointIO):
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return damage(super().load_checkpoint(*args, **kwargs))
+
+
+class DamagingWrapper(AsyncCheckpointIO):
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return damage(super().load_checkpoint(*args, **kwargs))
+
+
+def damaging_instance() -> Net:
+    net = Net()
+    net.on_load_checkpoint = damage  # type: ignore[method-assign,assignment]
+    return net
+
+
+@pytest.mark.parametrize("made_by", ["module", "instance", "callback", "strategy", "io", "wrapper", "migration"])
+def test_what_puts_a_wrong_form_into_the_loaded_checkpoint_is_found(
+    made_by: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers: dict[str, dict[str, Callable[[], Any]]] = {
+        "module": {"module": DamagingNet},
+        "instance": {"module": damaging_instance},
+        "callback": {"callback": DamagingCallback},
+        "strategy": {"strategy": lambda: DamagingStrategy(torch.device("cpu"))},
+        "io": {"plugins": DamagingIO},
+        "wrapper": {"plugins": DamagingWrapper},
+        "migration": {},
+    }
+    made = {name: make() for name, make in makers[made_by].items()}
+    path, module, before = plain, made.pop("module", Net()), [made.pop("callback")] if "callback" in made else []
+    if made_by == "migration":
+        monkeypatch.setattr(migration, "_migration_index", lambda: {"2.0.1": [damage]})
+        path = edited(plain, tmp_path / "older.ckpt", lambda c: c.update({"pytorch-lightning_version": "2.0.0"}))
+    trainer = quiet_trainer(tmp_path / "again", *before, CheckpointGuard(), max_epochs=EPOCHS, **made)
     with pytest.raises(CheckpointGuardError, match="step is a tensor of shape"):
-        resume(plain, Damages())
+        trainer.fit(module, ckpt_path=path)
+
+
+class WatchingCallback(Callback):
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Could change it."""
+
+
+@pytest.mark.parametrize(
+    ("callback", "plugins", "times"),
+    [(Callback, [], 0), (Callback, [AsyncCheckpointIO], 0), (WatchingCallback, [], 1)],
+)
+def test_optimizers_that_nobody_can_have_changed_are_not_read_twice(
+    callback: type[Callback], plugins: list[Any], times: int, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_dicts, read = [], lightning_reader.optimizers_of
+
+    def counted(entries: object, read_scalar: Any) -> Any:
+        of_dicts.extend([entries] if read_scalar is live._scalar else [])
+        return read(entries, read_scalar)
+
+    monkeypatch.setattr(lightning_reader, "optimizers_of", counted)
+    resume(plain, Net(), callback(), plugins=[make() for make in plugins])
+    assert len(of_dicts) == times
+
+
+def test_a_file_that_is_replaced_once_it_is_judged_is_found(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same run, with the same counters, and an optimizer that has made fewer steps."""
+    judged, other = tmp_path / "judged.ckpt", tmp_path / "other.ckpt"
+    shutil.copy(plain, judged)
+    edited(plain, other, lambda c: of_the_optimizer(c)[0].update(step=torch.tensor(1.0)))
+    load = torch_io.pl_load
+    monkeypatch.setattr(torch_io, "pl_load", lambda path, **options: load(other, **options))
+    report = resume(judged, Net())
+    assert "warning optimizer 0: 1 of 4 parameters have fewer steps than the others (1 to 10)" in said(report, "CK403")
 
 
 class ByHand(Net):

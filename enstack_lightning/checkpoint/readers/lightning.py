@@ -14,7 +14,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts, TensorFacts
+from enstack_lightning.checkpoint.facts import (
+    Defect,
+    DefectKind,
+    Facts,
+    Format,
+    OptimizerFacts,
+    ProgressFacts,
+    RunFacts,
+    TensorFacts,
+)
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
 from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, misshapen, must_be, shown_value
@@ -72,18 +81,24 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
 
 
 def lightning_content(
-    checkpoint: object, path: str, read_scalar: ScalarReader, known: Iterable[TensorFacts] = ()
+    checkpoint: object,
+    path: str,
+    read_scalar: ScalarReader,
+    known: Iterable[TensorFacts] = (),
+    optimizers: tuple[OptimizerFacts, ...] | None = None,
 ) -> Facts:
     """The same without its defects, for a comparison with facts that were judged; what differs needs `with_defects`.
 
     Args:
         known: of the weights, where facts of the same were made before.
+        optimizers: facts of its optimizers, where they are known to hold.
     """
     if not is_mapping(checkpoint):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
     moment = at(guard, ["resume", "point"])
-    optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
+    if optimizers is None:
+        optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,

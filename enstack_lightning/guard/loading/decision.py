@@ -19,8 +19,9 @@ import torch
 from enstack_lightning.checkpoint import Format, Report
 from enstack_lightning.checkpoint.location import Location, locate
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
-from enstack_lightning.guard.flavor import is_a, is_just, lightning_base, rank_zero_warn
+from enstack_lightning.guard.flavor import Callback, is_a, is_just, lightning_base, rank_zero_warn
 from enstack_lightning.guard.ranks import gathered
+from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -119,12 +120,7 @@ def check_form(strategy: Strategy, report: Report) -> None:
     Raises:
         CheckpointGuardError: the Trainer loads Lightning files only, and this is none.
     """
-    files_only = type(strategy).load_checkpoint is lightning_base(strategy, "Strategy").load_checkpoint
-    if (
-        report.facts.format is Format.LIGHTNING
-        or not files_only
-        or not is_just(_innermost(strategy), "TorchCheckpointIO")
-    ):
+    if report.facts.format is Format.LIGHTNING or not _loads_files(strategy):
         return
     sharded = report.facts.format is Format.SHARDED
     hint = "Load it with the strategy that saved it" if sharded else "Name the .ckpt file that a Trainer saved"
@@ -134,10 +130,42 @@ def check_form(strategy: Strategy, report: Report) -> None:
     )
 
 
+def is_loaded_as_it_stands(trainer: Trainer, guard: Callback) -> bool:
+    """Whether no code but that of Lightning and torch has had a checkpoint in its hands before the `guard` has it."""
+    others = [callback for callback in trainer.callbacks if callback is not guard]  # type: ignore[attr-defined]
+    return (
+        _loads_files(trainer.strategy)
+        and all(map(_only_hands_on, _checkpoint_ios(trainer.strategy)[:-1]))
+        and not _has_own_hook(trainer.lightning_module, "LightningModule")
+        and not any(_has_own_hook(callback, "Callback") for callback in others)
+    )
+
+
+def _only_hands_on(checkpoint_io: Any) -> bool:
+    return isinstance(checkpoint_io, GuardedCheckpointIO) or is_just(checkpoint_io, "AsyncCheckpointIO")
+
+
+def _has_own_hook(thing: Any, base: str) -> bool:
+    hook = "on_load_checkpoint"
+    own, of_lightning = (getattr(kind, hook, None) for kind in (type(thing), lightning_base(thing, base)))
+    return hook in vars(thing) or own is not of_lightning
+
+
+def _loads_files(strategy: Strategy) -> bool:
+    """Whether a strategy loads single files and no others, as Lightning does by default."""
+    by_default = type(strategy).load_checkpoint is lightning_base(strategy, "Strategy").load_checkpoint
+    return by_default and is_just(_innermost(strategy), "TorchCheckpointIO")
+
+
 def _innermost(strategy: Strategy) -> Any:
-    found: Any = strategy.checkpoint_io
-    while is_a(inner := getattr(found, "checkpoint_io", None), "CheckpointIO"):
-        found = inner
+    return _checkpoint_ios(strategy)[-1]
+
+
+def _checkpoint_ios(strategy: Strategy) -> list[Any]:
+    """A strategy's CheckpointIO and those that it wraps, from outside in."""
+    found: list[Any] = [strategy.checkpoint_io]
+    while is_a(inner := getattr(found[-1], "checkpoint_io", None), "CheckpointIO"):
+        found.append(inner)
     return found
 
 
