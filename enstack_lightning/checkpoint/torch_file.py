@@ -189,7 +189,9 @@ class TorchFile:
         name = _STORAGE + storage.key
         size = self._whole.get(name)
         if size is None:
-            size = _checked_size(self.records.get(name), storage, name)
+            record, size = self.records.get(name), _size_of(storage)
+            if record is None or record.size != size:
+                raise _size_defect(record, size, name)
         fault, oddity = _judged(tensor.dtype, tensor.shape, tensor.stride, tensor.offset, size)
         if fault:
             raise ContainerDefectError("damaged", fault, name)
@@ -256,17 +258,14 @@ class TorchFile:
 
     def _check_references(self, storages: Iterable[StorageDescriptor]) -> None:
         """Whether the storages that the pickle names, and no others, are in the archive."""
-        records, whole = self.records, self._whole
-        expected = {_PICKLE, *_OWN_RECORDS}
-        for storage in storages:
-            name = _STORAGE + storage.key
-            try:
-                whole[name] = _checked_size(records.get(name), storage, name)
-            except ContainerDefectError as e:
-                expected.add(name)
-                self.defects.append(e)
+        records = self.records
+        expected = {_STORAGE + storage.key: _size_of(storage) for storage in storages}
+        self._whole = {name: size for name, size in expected.items() if name in records and records[name].size == size}
+        if len(self._whole) < len(expected):
+            sizes = ((name, size) for name, size in expected.items() if name not in self._whole)
+            self.defects += [_size_defect(records.get(name), size, name) for name, size in sizes]
         for name, record in records.items():
-            if name not in whole and name not in expected:
+            if name not in expected and name != _PICKLE and name not in _OWN_RECORDS:
                 beginning = self._source.read_at(record.offset, min(record.size, 2), name)
                 pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
                 message = f"the pickle does not refer to this record; it has {record.size:,} bytes{pickled}"
@@ -356,14 +355,15 @@ class TorchFile:
             self.defects.append(ContainerDefectError("damaged", message, record))
 
 
-def _checked_size(record: Record | None, storage: StorageDescriptor, name: str) -> int:
-    """The size of a storage's record, compared with what the pickle says of it."""
+def _size_of(storage: StorageDescriptor) -> int:
+    return storage.numel * DTYPE_BYTES.get(storage.dtype, 1)
+
+
+def _size_defect(record: Record | None, expected: int, name: str) -> ContainerDefectError:
+    """What is wrong with the record of a storage of `expected` bytes, by what the pickle says of it."""
     if record is None:
-        raise ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
-    expected = storage.numel * DTYPE_BYTES.get(storage.dtype, 1)
-    if record.size != expected:
-        raise ContainerDefectError("damaged", f"it has {record.size:,} bytes and its tensor needs {expected:,}", name)
-    return record.size
+        return ContainerDefectError("damaged", "it is missing, and a tensor's values are in it", name)
+    return ContainerDefectError("damaged", f"it has {record.size:,} bytes and its tensor needs {expected:,}", name)
 
 
 @lru_cache(4_096)

@@ -26,9 +26,9 @@ from enstack_lightning.checkpoint.readers.huggingface import is_huggingface_fold
 from enstack_lightning.checkpoint.readers.lightning import is_lightning, read_lightning
 from enstack_lightning.checkpoint.readers.plain import read_plain_torch, read_safetensors_file
 from enstack_lightning.checkpoint.readers.sharded import is_sharded_folder, read_sharded
-from enstack_lightning.checkpoint.readers.torch_archive import defect_of, read_archive
+from enstack_lightning.checkpoint.readers.torch_archive import TorchArchive, defect_of
 from enstack_lightning.checkpoint.readers.weights import is_weights_name
-from enstack_lightning.checkpoint.source import ContainerDefectError
+from enstack_lightning.checkpoint.source import ContainerDefectError, Source
 
 __all__ = ["is_checkpoint_folder", "is_unfinished", "read_facts"]
 
@@ -133,26 +133,27 @@ def _read_file(location: Location, deep: DeepRead | None) -> Facts:
     try:
         with location.open() as source:
             content = content_of(source)
+            facts = _read_content(location, source, content, deep)
     except ContainerDefectError as e:
         return Facts(str(location), files=(FileFacts(name, size),), defects=(defect_of(e, name),))
     except OSError as e:
         return _failed(location, Defect.unreadable(_where(location), e))
-    facts = _read_content(location, content, deep)
     if not facts.files:
         facts = dataclasses.replace(facts, files=(FileFacts(name, size),))
     return _judge_name(facts, name, content)
 
 
-def _read_content(location: Location, content: Content, deep: DeepRead | None) -> Facts:
+def _read_content(location: Location, source: Source, content: Content, deep: DeepRead | None) -> Facts:
     if content.kind is ContentKind.SAFETENSORS:
         return read_safetensors_file(location, deep)
     if content.kind is ContentKind.OTHER:
         advice = f"; {content.advice}" if content.advice else ""
         message = f"it is {content.what}, no checkpoint{advice}"
         return _failed(location, Defect(DefectKind.UNRECOGNISED, _where(location), message))
-    with read_archive(location, location.name, deep=deep) as archive:
-        read = read_lightning if is_lightning(archive.value) else read_plain_torch
-        return archive.complete(read(archive, str(location)))
+    archive = TorchArchive(location.name, deep, "weights_only")
+    archive.read(source)
+    read = read_lightning if is_lightning(archive.value) else read_plain_torch
+    return archive.complete(read(archive, str(location)))
 
 
 def _judge_name(facts: Facts, name: str, content: Content) -> Facts:
