@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from enstack_lightning.checkpoint.deep import Named, NamedTensor, Span
@@ -109,22 +109,27 @@ class LegacyFile:
         form = _SCALAR_FORMS.get(tensor.dtype)
         if form is None or tensor.storage is None or tensor.shape not in ((), (1,)):
             return None
-        self.check_storage(tensor)
+        self._check_storage(tensor, tensor.storage)
         stored = self._storages[tensor.storage.key]
         at = stored.offset + (_view_offset(tensor.storage) + tensor.offset) * struct.calcsize(form)
         (value,) = struct.unpack(form, self._source.read_at(at, struct.calcsize(form), _name(tensor.storage.key)))
         return -float(value) if tensor.negated else float(value)
 
-    def check_storage(self, tensor: TensorDescriptor) -> None:
-        """Compares a tensor's header with its storage, without reading the storage.
+    def check_storages(self, tensors: Iterable[TensorDescriptor]) -> Iterator[ContainerDefectError]:
+        """Compares the headers of tensors with their storages, without reading these.
 
-        Raises:
-            ContainerDefectError: the storage is missing, has another size than the pickle says, or the tensor or its
-                view reaches beyond it.
+        Yields:
+            An error for each tensor whose storage is missing or has another size than the pickle says, and for each
+            that reaches beyond it itself or with its view.
         """
-        storage = tensor.storage
-        if storage is None:
-            return
+        for tensor in tensors:
+            try:
+                if tensor.storage is not None:
+                    self._check_storage(tensor, tensor.storage)
+            except ContainerDefectError as e:
+                yield e
+
+    def _check_storage(self, tensor: TensorDescriptor, storage: StorageDescriptor) -> None:
         name, stored = _name(storage.key), self._storages.get(storage.key)
         if stored is None:
             raise _damaged(f"{name}, which holds a tensor's values, is not in the file's list of storages", name)

@@ -13,7 +13,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -176,27 +176,29 @@ class TorchFile:
             (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
         return -float(value) if tensor.negated else float(value)
 
-    def check_storage(self, tensor: TensorDescriptor) -> None:
-        """Compares a tensor's header with its storage record, without reading the record.
+    def check_storages(self, tensors: Iterable[TensorDescriptor]) -> Iterator[ContainerDefectError]:
+        """Compares the headers of tensors with their storages' records, without reading these.
 
-        Raises:
-            ContainerDefectError: the record is missing, has another size than the pickle says, or the tensor
-                reaches beyond it.
+        Yields:
+            An error for each tensor whose record is missing or has another size than the pickle says, and for each
+            that reaches beyond it.
         """
-        storage = tensor.storage
-        if storage is None:
-            return
-        name = _STORAGE + storage.key
-        size = self._whole.get(name)
-        if size is None:
-            record, size = self.records.get(name), _size_of(storage)
-            if record is None or record.size != size:
-                raise _size_defect(record, size, name)
-        fault, oddity = _judged(tensor.dtype, tensor.shape, tensor.stride, tensor.offset, size)
-        if fault:
-            raise ContainerDefectError("damaged", fault, name)
-        if oddity:
-            self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, oddity))
+        for tensor in tensors:
+            storage = tensor.storage
+            if storage is None:
+                continue
+            name = _STORAGE + storage.key
+            size = self._whole.get(name)
+            if size is None:
+                record, size = self.records.get(name), _size_of(storage)
+                if record is None or record.size != size:
+                    yield _size_defect(record, size, name)
+                    continue
+            fault, oddity = _judged(tensor.dtype, tensor.shape, tensor.stride, tensor.offset, size)
+            if fault:
+                yield ContainerDefectError("damaged", fault, name)
+            if oddity:
+                self.oddities.append(Oddity(OddityKind.LOGICAL_SIZE, name, oddity))
 
     def spans(self, named: Iterable[Named] = ()) -> list[Span]:
         """Every record of the archive, with those of the `named` tensors that lie in it."""
@@ -258,13 +260,14 @@ class TorchFile:
 
     def _check_references(self, storages: Iterable[StorageDescriptor]) -> None:
         """Whether the storages that the pickle names, and no others, are in the archive."""
-        records = self.records
         expected = {_STORAGE + storage.key: _size_of(storage) for storage in storages}
-        self._whole = {name: size for name, size in expected.items() if name in records and records[name].size == size}
-        if len(self._whole) < len(expected):
-            sizes = ((name, size) for name, size in expected.items() if name not in self._whole)
-            self.defects += [_size_defect(records.get(name), size, name) for name, size in sizes]
-        for name, record in records.items():
+        for name, size in expected.items():
+            record = self.records.get(name)
+            if record is not None and record.size == size:
+                self._whole[name] = size
+            else:
+                self.defects.append(_size_defect(record, size, name))
+        for name, record in self.records.items():
             if name not in expected and name != _PICKLE and name not in _OWN_RECORDS:
                 beginning = self._source.read_at(record.offset, min(record.size, 2), name)
                 pickled = " and begins like a pickle" if beginning[:1] == b"\x80" and beginning[1:] < b"\x06" else ""
@@ -286,10 +289,9 @@ class TorchFile:
             return b""
 
     def _check_own_records(self) -> None:
-        for name in self.records:
-            if name.startswith(_STORAGE) or name in (*_OWN_RECORDS, *_NAMED_BY_TORCH):
-                continue
-            if name.lower() in (*_OWN_RECORDS, *_NAMED_BY_TORCH):
+        by_torch = (*_OWN_RECORDS, *_NAMED_BY_TORCH)
+        for name in [name for name in self.records if not name.startswith(_STORAGE)]:
+            if name not in by_torch and name.lower() in by_torch:
                 self._note(f"torch takes it for {name.lower()}, as it looks names up without regard to case", name)
         if not {"version", ".data/version"} & self._own.keys():
             self._note("it is missing, and torch.load refuses an archive without it", "version")

@@ -114,9 +114,9 @@ class ZipArchive:
 
     def check_alignment(self, alignment: int) -> None:
         """Counts the records that do not begin at a multiple of `alignment` bytes."""
-        for record in self.records.values():
-            if record.size and record.offset % alignment:
-                self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] += 1
+        elsewhere = [record for record in self.records.values() if record.offset % alignment and record.size]
+        if elsewhere:
+            self.unlike_torch[f"does not begin at a multiple of {alignment:,} bytes"] = len(elsewhere)
 
     def _read_headers(self, entries: list[_Entry], end: int) -> dict[str, Record]:
         """Compares each record's own header with the directory, and that the records fill the file up to `end`."""

@@ -60,13 +60,7 @@ def faults(data: bytes) -> list[ContainerDefectError]:
         file = opened(data)
     except ContainerDefectError as e:
         return [e]
-    found = list(file.defects)
-    for tensor in file.read_pickle().tensors:
-        try:
-            file.check_storage(tensor)
-        except ContainerDefectError as e:
-            found.append(e)
-    return found
+    return [*file.defects, *file.check_storages(file.read_pickle().tensors)]
 
 
 def values(file: LegacyFile, data: bytes, tensor: TensorDescriptor) -> torch.Tensor:

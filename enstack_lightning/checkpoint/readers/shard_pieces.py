@@ -223,17 +223,12 @@ def _opened(source: Source, naming: Naming | None, compare: bool = False) -> _Op
     """
     if source.read_at(0, min(4, source.size)) != b"PK\x03\x04":
         return _Opened(errors=(ContainerDefectError("damaged", "it does not begin like a file of torch.save"),))
-    errors: list[ContainerDefectError] = []
     try:
         file = TorchFile(source)
         content = file.read_pickle()
     except ContainerDefectError as e:
         return _Opened(errors=(e,), globals=globals_seen(e))
-    for tensor in content.tensors:
-        try:
-            file.check_storage(tensor)
-        except ContainerDefectError as e:
-            errors.append(e)
+    errors = list(file.check_storages(content.tensors))
     value = content.value
     number = None
     if isinstance(value, TensorDescriptor) and not math.prod(value.shape) > 1:

@@ -6,7 +6,7 @@ It hides whether the file is a zip archive or in the format of torch before 1.6.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class TorchContainer(Protocol):
 
     def read_pickle(self) -> Unpickled: ...
     def read_scalar(self, tensor: TensorDescriptor) -> float | None: ...
-    def check_storage(self, tensor: TensorDescriptor) -> None: ...
+    def check_storages(self, tensors: Iterable[TensorDescriptor]) -> Iterator[ContainerDefectError]: ...
     def spans(self, named: Iterable[Named] = ()) -> list[Span]: ...
 
 
@@ -112,7 +112,7 @@ class TorchArchive:
             self.oddities += [Oddity(kind, f"{self.name}:data.pkl", message) for kind, message in content.oddities]
             self.globals = self._globals_of(content.globals)
             self._note_opcodes(content.refused_opcodes)
-            self._check_storages(content.tensors)
+            self._add(defect_of(e, self.name) for e in self._file.check_storages(content.tensors))
             self._lacks_values = any(map(_lacks_values, content.tensors))
         except ContainerDefectError as e:
             self.globals = self._globals_of(globals_seen(e))
@@ -179,14 +179,6 @@ class TorchArchive:
             globals=(*facts.globals, *self.globals),
             values=values,
         )
-
-    def _check_storages(self, tensors: Iterable[TensorDescriptor]) -> None:
-        assert self._file is not None
-        for tensor in tensors:
-            try:
-                self._file.check_storage(tensor)
-            except ContainerDefectError as e:
-                self._note(e)
 
     def _check_values(self, tensors: Iterable[Named], of: Role, what: str) -> None:
         empty = [name for name, role, tensor in tensors if role == of and _lacks_values(tensor)]
