@@ -251,17 +251,24 @@ def validations(run: dict[str, Any]) -> list[int]:
     return [event[1] for event in run["events"] if event[0] == "validation"]
 
 
+def steps_of_loggers(run: dict[str, Any]) -> list[int]:
+    return [step for step, _ in run["lines"]]
+
+
 STEP = ("on_train_batch_start", "training_step", "on_before_zero_grad")
 
 
-def after_a_failure(folder: Path, module: dict[str, Any], hook: str, at_batch: int, **trainer: Any) -> tuple[Any, Any]:
-    """The run that never failed, and the one that goes on from what an exception saved."""
+def after_a_failure(
+    folder: Path, module: dict[str, Any], hook: str, at_batch: int, batch_size: int = BATCH_SIZE, **trainer: Any
+) -> tuple[Any, Any]:
+    """The run that never failed, and the one that goes on from what an exception saved, with batches of a size."""
     trainer, path = {"max_epochs": 2, **trainer}, folder / "failed.ckpt"
     whole = train(folder, module, trainer, kind=OfAStream)
     kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
     with pytest.raises(RuntimeError, match="out of memory"):
         train(folder, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
-    return whole, train(folder / "again", module, trainer, path, seed=9, kind=OfAStream)
+    then = {**module, "batch_size": batch_size}
+    return whole, train(folder / "again", then, trainer, path, seed=9, kind=OfAStream)
 
 
 @pytest.mark.parametrize("at_batch", [2, BATCHES - 1])
@@ -283,6 +290,42 @@ def test_the_batch_of_a_step_that_failed_is_trained(order: str, hook: str, at_ba
         rows, expected = ([sorted(chain.from_iterable(batches))] for batches in (rows, expected))
     assert rows == expected
     assert validations(again) == [1]
+    assert again["counters"] == whole["counters"]
+    assert steps_of_loggers(again) == steps_of_loggers(whole)[again["begins"][1] :]
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{}, {"accumulate_grad_batches": 2}, {"check_val_every_n_epoch": None, "val_check_interval": 2}],
+    ids=["each batch", "accumulation", "validation by batches of all epochs"],
+)
+@pytest.mark.parametrize("order", ["shuffle", "plain", "stream"])
+def test_a_step_that_failed_before_it_drew_a_number_is_taken_as_if_it_had_not(
+    order: str, trainer: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, again = after_a_failure(tmp_path, {"order": order}, "training_step", 2, **trainer)
+    assert differences(whole, again) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("at_batch", [0, 2, BATCHES - 1])
+def test_an_epoch_whose_step_failed_ends_as_any_other_with_batches_of_another_size(
+    at_batch: int, num_workers: int, tmp_path: Path
+) -> None:
+    """No batch is of the size for which the memory was too small."""
+    module = {"num_workers": num_workers}
+    whole, again = after_a_failure(tmp_path, module, "training_step", at_batch, batch_size=2, max_epochs=3)
+    before, batches = rows_of(whole, 1)[:at_batch], rows_of(again, 1)
+    assert sorted(chain(*before, *batches)) == list(range(ROWS))
+    assert {len(batch) for batch in batches} == {2}
+    assert [step[2] for step in steps_in(again, 1)] == list(range(ROWS // 2))[-len(batches) :]
+    assert validations(again) == [1, 2]
+    assert [event[1] for event in again["events"] if event[0] == "epoch"] == [1, 2]
+    steps = BATCHES + at_batch + len(batches) + ROWS // 2
+    assert again["counters"]["stepped"] == steps
+    assert again["counters"]["optimizer"]["total"] == {"ready": steps, "completed": steps}
+    assert again["counters"]["batch"]["total"]["completed"] == BATCHES + ROWS
+    assert sorted(set(steps_of_loggers(again))) == list(range(BATCHES + at_batch, steps))
 
 
 # Saves on an exception of a batch's last hook

@@ -53,7 +53,7 @@ def lost_guarantees(report: Report, restart: ExactRestart | None, trainer: Train
         lost.append("another version of the guard has saved it")
     elif restart is None or not restart.mine.get("random_state"):
         lost.append("the checkpoint holds no random state of this process, which draws other numbers")
-    elif restart.point == "elsewhere":
+    elif restart.point in ("in_step", "elsewhere"):
         lost.append("it was saved at no moment that a run can go on at: what was left of that step or epoch is lost")
     elif restart.point == "batch_end_failed":
         lost.append(

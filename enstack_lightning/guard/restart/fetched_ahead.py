@@ -4,7 +4,7 @@ Lightning fetches one batch ahead from loaders without a length, to know the las
 (`_PrefetchDataFetcher`). The position that a loader with a state saves is then behind a batch that no one has trained,
 and a resume would leave it out. So it is behind the batch in hand where a save comes inside a step, as that of an
 exception does: the epoch would end one batch early, and without its validation. So these batches are saved too, and
-come first again.
+come first again, in pieces where a run goes on with smaller ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from enstack_lightning.guard.restart.rows import has_ended, has_state, is_inside_a_step, loaders_of
 
@@ -91,6 +92,23 @@ def give_first(trainer: Trainer, batches: list[Any]) -> None:
         return itertools.chain(batches, () if is_all else rest)
 
     loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iter_once, "__module__": kind.__module__})
+
+
+def in_pieces(batches: list[Any], rows: int | None, size: int | None) -> list[Any]:
+    """Batches of so many rows as batches of fewer: of the size that a run goes on with, mostly for want of memory.
+
+    A batch that holds something else than tensors with as many rows stays whole.
+    """
+    if not rows or not size or size >= rows:
+        return batches
+    return [piece for batch in batches for piece in _pieces(batch, rows, size)]
+
+
+def _pieces(batch: Any, rows: int, size: int) -> list[Any]:
+    values, form = tree_flatten(batch)
+    if not values or not all(isinstance(v, torch.Tensor) and v.shape[:1] == (rows,) for v in values):
+        return [batch]
+    return [tree_unflatten(piece, form) for piece in zip(*(v.split(size) for v in values), strict=True)]
 
 
 def _is_plain(value: Any) -> bool:

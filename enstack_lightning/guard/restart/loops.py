@@ -9,8 +9,8 @@ first, with everything as it stood then.
 
 What cannot be had back: what other callbacks and the module do in the very hook that the checkpoint was saved in,
 after the callback that saved it, or after an exception in it; and which ModelCheckpoint saved last, so that one may
-save a step again. A checkpoint of the middle of a step (an exception) restarts as Lightning restarts it, with random
-state put back.
+save a step again. A step that an exception ended is taken anew, with the random state that it had come to and without
+the gradients of its accumulation window.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from enstack_lightning.errors import CheckpointGuardError, EnStackError
 from enstack_lightning.guard.flavor import rank_zero_info, rank_zero_warn
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.epoch_state import restore_epoch_state
-from enstack_lightning.guard.restart.fetched_ahead import give_first
+from enstack_lightning.guard.restart.fetched_ahead import give_first, in_pieces
 from enstack_lightning.guard.restart.layer_options import restore_options
 from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.module_state import restore_modes, skip_sanity_check
@@ -41,7 +41,7 @@ from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callb
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_IN_EPOCH = ("batch_end", "batch_end_failed", "validation_end", "after_batch")
+_IN_EPOCH = ("in_step", "batch_end", "batch_end_failed", "validation_end", "after_batch")
 _EPOCH_DONE = ("epoch_end", "between_epochs", "epoch_start")
 
 
@@ -153,6 +153,8 @@ class ExactRestart:
     def _reset(self) -> None:
         loop = self.trainer.fit_loop
         batch = loop.epoch_loop.batch_progress
+        if self.point == "in_step":
+            self._take_step_back()
         if self._streams_of is not None:
             loop._combined_loader.flattened, self._streams_of = self._streams_of, None
             _once(loop.epoch_loop, "on_run_start", self._begin_streams)
@@ -204,7 +206,7 @@ class ExactRestart:
             self._restore_early_stop()
         elif self.point in _IN_EPOCH:
             batch = loop.epoch_loop.batch_progress.current
-            self.trainer._logger_connector._first_loop_iter = batch.ready == 1
+            self.trainer._logger_connector._first_loop_iter = batch.ready == 1 if batch.ready else None
 
     def _restore_all(self) -> None:
         parts = Parts(self.trainer.lightning_module)
@@ -224,7 +226,7 @@ class ExactRestart:
         loop = self.trainer.fit_loop.epoch_loop
         loop.val_loop.restarting = False
         self.trainer.fit_loop._restarting = False  # else schedulers that go by a metric would not step at its end
-        if self.point == "after_batch":
+        if self.point in ("after_batch", "in_step"):
             _set_restarting(loop, False)
             loop.advance(*args, **kwargs)
             return
@@ -236,6 +238,19 @@ class ExactRestart:
         self.trainer._logger_connector.update_train_step_metrics()
 
     # Parts
+
+    def _take_step_back(self) -> None:
+        """Counts the step that was under way as not begun, and its batch as not taken, which comes again.
+
+        Lightning does so in the counters of the epoch only, and loggers go on one step later.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        optimizer = loop.automatic_optimization.optim_progress.optimizer
+        by_hand = loop.manual_optimization.optim_step_progress
+        for progress in (loop.batch_progress, optimizer.step, optimizer.zero_grad, by_hand):
+            progress.total.reset_on_restart()
+            progress.current.reset_on_restart()
+        loop.batch_progress.is_last_batch = False
 
     def _make_loaders_as_in(self, owner: Any, epoch: float) -> None:
         """When the loops are restored; before that a schedule may have asked for the training loader's length."""
@@ -311,8 +326,11 @@ class ExactRestart:
             torch.set_rng_state(drawn)
 
     def _give_fetched_first(self) -> None:
+        (loader,) = loaders_of(self.trainer.fit_loop)
         with _explained(self.trainer):
-            give_first(self.trainer, list(self.mine["fetched"]))
+            pieces = in_pieces(list(self.mine["fetched"]), self.batch_size, getattr(loader, "batch_size", None))
+            give_first(self.trainer, pieces)
+        self.mine = {**self.mine, "fetched": pieces}
 
     def _restore_order(self) -> None:
         with _explained(self.trainer):
@@ -350,22 +368,23 @@ class ExactRestart:
         if self.point not in _IN_EPOCH or loop._combined_loader is None:
             return
         samplers = [getattr(loader, "sampler", None) for loader in loop._combined_loader.flattened]
-        left = [n for n in (getattr(s, "batches_left", None) for s in samplers) if n is not None]
-        if not left:
+        counted = [n for n in (getattr(s, "batches_left", None) for s in samplers) if n is not None]
+        if not counted:
             return
+        left = max(counted) + len(self.mine.get("fetched") or ())  # which come first
         batch = loop.epoch_loop.batch_progress.current
         rank_zero_warn(
             f"CheckpointGuard: this epoch began with batches of another size; after {batch.ready:,} of those, "
-            f"{max(left):,} of {loop.max_batches:,} are left of the size of now, with the rows not trained in it yet. "
+            f"{left:,} of {loop.max_batches:,} are left of the size of now, with the rows not trained in it yet. "
             "The run is not the one that never stopped"
         )
-        if max(left) and self.point != "after_batch" and not loop.epoch_loop._should_accumulate():
+        if left and self.point not in ("after_batch", "in_step") and not loop.epoch_loop._should_accumulate():
             loop.epoch_loop._batches_that_stepped += 1  # as after the batch of the save, of which nothing is done again
-        done = max(0, loop.max_batches - max(left))
+        done = max(0, loop.max_batches - left)
         total = loop.epoch_loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed = total.ready + done - batch.ready
         batch.ready = batch.started = batch.processed = batch.completed = done
-        if max(left):
+        if left:
             self.point = "after_batch"  # the validation that the save came before belongs to other batches
         self.mine = {**self.mine, "gradients": {}}
 

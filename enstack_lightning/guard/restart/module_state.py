@@ -47,7 +47,7 @@ def capture_module_state(trainer: Trainer, parts: Parts, point: str) -> dict[str
         those that are not persistent.
     """
     module = trainer.lightning_module
-    known = point not in ("elsewhere", "batch_end_failed")
+    known = point not in ("in_step", "batch_end_failed", "elsewhere")
     return {
         "evaluating": _evaluating(trainer, parts, point) if known else None,
         "hook": _hook_to_come(module) if known and point != "epoch_start" else None,

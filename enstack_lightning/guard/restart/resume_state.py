@@ -26,13 +26,14 @@ from enstack_lightning.guard.restart.module_state import capture_module_state
 from enstack_lightning.guard.restart.part_gradients import capture_gradients, gradients_wait
 from enstack_lightning.guard.restart.plain_order import capture_order
 from enstack_lightning.guard.restart.rng import capture_random_state
-from enstack_lightning.guard.restart.rows import loaders_of
+from enstack_lightning.guard.restart.rows import is_inside_a_step, loaders_of
 from enstack_lightning.guard.restart.stock_callbacks import capture_frozen
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 Point = Literal[
+    "in_step",
     "batch_end",
     "batch_end_failed",
     "validation_end",
@@ -44,10 +45,10 @@ Point = Literal[
 ]
 """The moment of a save.
 
-batch_end: in `on_train_batch_end`, before the validation that may follow. batch_end_failed: on an exception of that
-hook. validation_end: in `on_validation_end`. after_batch: between two batches, all that follows a batch done.
-epoch_end: in `on_train_epoch_end` of a whole epoch. between_epochs: after it. epoch_start: in `on_train_epoch_start`.
-elsewhere: anything else, such as the middle of a step that raised an exception.
+in_step: in the middle of a step, as on an exception of it. batch_end: in `on_train_batch_end`, before the validation
+that may follow. batch_end_failed: on an exception of that hook. validation_end: in `on_validation_end`. after_batch:
+between two batches, all that follows a batch done. epoch_end: in `on_train_epoch_end` of a whole epoch. between_epochs:
+after it. epoch_start: in `on_train_epoch_start`. elsewhere: anything else, such as inside a validation.
 """
 
 
@@ -115,6 +116,8 @@ def point_of(trainer: Trainer) -> Point:
     batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
     in_epoch = epoch.ready == epoch.started == epoch.processed + 1
     batch_whole = batch.ready == batch.processed > 0  # a batch of None is never started
+    if in_epoch and is_inside_a_step(trainer):
+        return "in_step"
     if in_epoch and batch_whole:
         if hook == "on_train_batch_end":
             return "batch_end"
