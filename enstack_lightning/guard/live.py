@@ -86,13 +86,13 @@ def loaded_as_judged(
     Its defects are looked for where it does not: hooks of a module may have changed it on the way.
 
     Args:
-        as_it_stands: nobody can have changed it. Then the optimizers' states, which take the longest, are not read
-            again: they are judged once more when they have been restored.
+        as_it_stands: nobody can have changed it. Then weights and optimizers, which take the longest, are not read
+            again where all else is as judged: the optimizers are judged once more when they have been restored.
     """
     if judged is None:
         return loaded_facts(checkpoint, path), False
-    for optimizers in (judged.optimizers, None) if as_it_stands else (None,):
-        loaded = lightning_content(checkpoint, path, _scalar, judged.tensors, optimizers)
+    for known in (judged, None) if as_it_stands else (None,):
+        loaded = lightning_content(checkpoint, path, _scalar, known)
         if _same_content(judged, loaded):
             return loaded, True
     return with_defects(loaded, checkpoint), False

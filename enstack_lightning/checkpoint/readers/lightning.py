@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from enstack_lightning.checkpoint.facts import (
@@ -19,10 +19,8 @@ from enstack_lightning.checkpoint.facts import (
     DefectKind,
     Facts,
     Format,
-    OptimizerFacts,
     ProgressFacts,
     RunFacts,
-    TensorFacts,
 )
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
 from enstack_lightning.checkpoint.mappings import is_mapping
@@ -80,30 +78,26 @@ def lightning_facts(checkpoint: object, path: str, read_scalar: ScalarReader) ->
     return with_defects(lightning_content(checkpoint, path, read_scalar), checkpoint)
 
 
-def lightning_content(
-    checkpoint: object,
-    path: str,
-    read_scalar: ScalarReader,
-    known: Iterable[TensorFacts] = (),
-    optimizers: tuple[OptimizerFacts, ...] | None = None,
-) -> Facts:
+def lightning_content(checkpoint: object, path: str, read_scalar: ScalarReader, known: Facts | None = None) -> Facts:
     """The same without its defects, for a comparison with facts that were judged; what differs needs `with_defects`.
 
     Args:
-        known: of the weights, where facts of the same were made before.
-        optimizers: facts of its optimizers, where they are known to hold.
+        known: facts whose weights and optimizers are those of the checkpoint, and are not read from it.
     """
     if not is_mapping(checkpoint):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
     moment = at(guard, ["resume", "point"])
-    if optimizers is None:
+    if known is not None:
+        tensors, optimizers = known.tensors, known.optimizers
+    else:
+        tensors = tensors_of(checkpoint.get("state_dict"))
         optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
         fields=field_types(checkpoint),
-        tensors=tensors_of(checkpoint.get("state_dict"), known),
+        tensors=tensors,
         progress=progress_facts(checkpoint),
         optimizers=optimizers,
         schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),

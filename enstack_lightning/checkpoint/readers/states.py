@@ -225,26 +225,15 @@ def _groups_under(i: int, count: int, optimizers: Sequence[OptimizerFacts]) -> S
     return optimizers[i].groups if len(optimizers) == count else ()
 
 
-def tensors_of(state_dict: object, known: Iterable[TensorFacts] = ()) -> tuple[TensorFacts, ...]:
-    """The tensors of a module's state dict by name, dtype and shape.
-
-    Args:
-        known: facts made before, perhaps of the same tensors: those that still hold are taken, which is faster.
-    """
+def tensors_of(state_dict: object) -> tuple[TensorFacts, ...]:
+    """The tensors of a module's state dict by name, dtype and shape."""
     if not is_mapping(state_dict):
         return ()
-    made = {tensor.name: tensor for tensor in known if not tensor.where}
-    tensors = []
-    for key, value in state_dict.items():
-        shape = getattr(value, "shape", None)
-        if shape is None or not hasattr(value, "dtype"):
-            continue
-        name, dtype = str(key), str(value.dtype).removeprefix("torch.")
-        tensor = made.get(name)
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
-            tensor = TensorFacts(name, dtype, tuple(shape))
-        tensors.append(tensor)
-    return tuple(tensors)
+    return tuple(
+        TensorFacts(str(key), str(value.dtype).removeprefix("torch."), tuple(shape))
+        for key, value in state_dict.items()
+        if (shape := getattr(value, "shape", None)) is not None and hasattr(value, "dtype")
+    )
 
 
 def field_types(state: Mapping[Any, Any]) -> dict[str, str]:
