@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from enstack_lightning.errors import CheckpointGuardError
 from enstack_lightning.guard import CheckpointGuard
+from enstack_lightning.guard.restart import fetched_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -305,6 +306,18 @@ def test_a_step_that_failed_before_it_drew_a_number_is_taken_as_if_it_had_not(
 ) -> None:
     whole, again = after_a_failure(tmp_path, {"order": order}, "training_step", 2, **trainer)
     assert differences(whole, again) == []
+
+
+@pytest.mark.parametrize("at_batch", [0, 2])
+def test_an_epoch_ends_as_any_other_where_the_batch_of_a_step_that_failed_is_left_out(
+    at_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetched_ahead, "MOST_BYTES", 10)
+    whole, again = after_a_failure(tmp_path, {}, "training_step", at_batch)
+    assert rows_of(again, 1) == rows_of(whole, 1)[at_batch + 1 :]
+    assert validations(again) == [1]
+    assert again["counters"]["batch"] == whole["counters"]["batch"]
+    assert again["counters"]["stepped"] == again["counters"]["optimizer"]["total"]["completed"] == 2 * BATCHES - 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -35,7 +35,7 @@ from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
-from enstack_lightning.guard.restart.rows import OwnPositions, loaders_of
+from enstack_lightning.guard.restart.rows import OwnPositions, has_state, loaders_of
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
 if TYPE_CHECKING:
@@ -240,17 +240,21 @@ class ExactRestart:
     # Parts
 
     def _take_step_back(self) -> None:
-        """Counts the step that was under way as not begun, and its batch as not taken, which comes again.
+        """Counts the step that was under way as not begun, and its batch as not taken if it comes again.
 
         Lightning does so in the counters of the epoch only, and loggers go on one step later.
         """
         loop = self.trainer.fit_loop.epoch_loop
+        batch = loop.batch_progress
+        if self.mine.get("fetched") or not any(map(has_state, loaders_of(self.trainer.fit_loop))):
+            batch.is_last_batch = False
+        else:  # the loader goes on behind it
+            batch.total.completed, batch.current.completed = batch.total.ready, batch.current.ready
         optimizer = loop.automatic_optimization.optim_progress.optimizer
         by_hand = loop.manual_optimization.optim_step_progress
-        for progress in (loop.batch_progress, optimizer.step, optimizer.zero_grad, by_hand):
+        for progress in (batch, optimizer.step, optimizer.zero_grad, by_hand):
             progress.total.reset_on_restart()
             progress.current.reset_on_restart()
-        loop.batch_progress.is_last_batch = False
 
     def _make_loaders_as_in(self, owner: Any, epoch: float) -> None:
         """When the loops are restored; before that a schedule may have asked for the training loader's length."""
