@@ -25,7 +25,7 @@ class OfAStream(Recorded):
     def train_dataloader(self) -> Any:
         if self.order != "stream":
             return super().train_dataloader()
-        return StatefulDataLoader(Counting(), BATCH_SIZE, num_workers=self.num_workers)
+        return StatefulDataLoader(Counting(), self.batch_size, num_workers=self.num_workers)
 
 
 class AsksInSetup(OfAStream):
@@ -78,6 +78,23 @@ def test_loggers_count_each_step_once_where_a_validation_was_due_after_as_many_b
 def test_no_more_batches_are_trained_than_the_epoch_is_limited_to(tmp_path: Path) -> None:
     _, again = of_another_size(tmp_path, "batch-5", 2, max_epochs=2, limit_train_batches=4)
     assert [step[2] for step in steps_in(again, 1)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "left"), [("batch-9", 20), ("batch-14", 0)])
+@pytest.mark.parametrize("order", ["sampler", "shuffle", "generator", "plain", "stream"])
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_an_epoch_ends_as_any_other_with_batches_of_another_size(
+    batch_size: int, order: str, name: str, left: int, tmp_path: Path
+) -> None:
+    trainer = {"max_epochs": 3}
+    whole = train(tmp_path, {"order": order}, trainer, saves=(name,), kind=OfAStream)
+    module, path = {"order": order, "batch_size": batch_size}, tmp_path / f"{name}.ckpt"
+    again = train(tmp_path / "again", module, trainer, path, seed=9, kind=OfAStream)
+    if order != "plain":  # whose order is drawn anew
+        before, rows = list(chain(*rows_of(whole, 1)))[: ROWS - left], list(chain(*rows_of(again, 1)))
+        assert sorted(before + rows) == list(range(ROWS))
+    assert validations(again) == [1, 2]
+    assert len(rows_of(again, 2)) == ROWS // batch_size
 
 
 @pytest.mark.parametrize("name", ["batch-9", "epoch-1"])
@@ -321,12 +338,13 @@ def test_an_epoch_ends_as_any_other_where_the_batch_of_a_step_that_failed_is_lef
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("order", ["sampler", "shuffle"])
 @pytest.mark.parametrize("at_batch", [0, 2, BATCHES - 1])
 def test_an_epoch_whose_step_failed_ends_as_any_other_with_batches_of_another_size(
-    at_batch: int, num_workers: int, tmp_path: Path
+    at_batch: int, order: str, num_workers: int, tmp_path: Path
 ) -> None:
     """No batch is of the size for which the memory was too small."""
-    module = {"num_workers": num_workers}
+    module = {"order": order, "num_workers": num_workers}
     whole, again = after_a_failure(tmp_path, module, "training_step", at_batch, batch_size=2, max_epochs=3)
     before, batches = rows_of(whole, 1)[:at_batch], rows_of(again, 1)
     assert sorted(chain(*before, *batches)) == list(range(ROWS))

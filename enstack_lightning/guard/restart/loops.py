@@ -15,6 +15,7 @@ the gradients of its accumulation window.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -369,10 +370,9 @@ class ExactRestart:
         To be called at `on_train_start`, once the loader stands at its position.
         """
         loop = self.trainer.fit_loop
-        if self.point not in _IN_EPOCH or loop._combined_loader is None:
+        if self.point not in _IN_EPOCH or loop._combined_loader is None or loop.max_batches == math.inf:
             return
-        samplers = [getattr(loader, "sampler", None) for loader in loop._combined_loader.flattened]
-        counted = [n for n in (getattr(s, "batches_left", None) for s in samplers) if n is not None]
+        counted = [n for n in map(self._left_of, loop._combined_loader.flattened) if n is not None]
         if not counted:
             return
         left = max(counted) + len(self.mine.get("fetched") or ())  # which come first
@@ -391,6 +391,24 @@ class ExactRestart:
         if left:
             self.point = "after_batch"  # the validation that the save came before belongs to other batches
         self.mine = {**self.mine, "gradients": {}}
+
+    def _left_of(self, loader: Any) -> int | None:
+        """The batches that are left of an epoch that began with those of another size; None where nobody knows.
+
+        A TrainingSampler counts them, and other positions of a StatefulDataLoader are in rows.
+        """
+        size: int | None = getattr(loader, "batch_size", None)
+        left: int | None = getattr(getattr(loader, "sampler", None), "batches_left", None)
+        if left is not None or not size or self.batch_size in (None, size):
+            return left
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress
+        if batch.is_last_batch:
+            return 0
+        if not hasattr(loader, "next_iter_state") or isinstance(loader.dataset, IterableDataset):
+            return None
+        in_hand = self.point == "in_step" and bool(self.mine.get("fetched"))
+        rows: int = max(0, len(loader.sampler) - (batch.current.ready + in_hand) * self.batch_size)
+        return rows // size if loader.drop_last else -(-rows // size)
 
     def _restore_gradients(self) -> None:
         gradients = self.mine.get("gradients", {})
