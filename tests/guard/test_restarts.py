@@ -325,6 +325,33 @@ def test_a_step_that_failed_before_it_drew_a_number_is_taken_as_if_it_had_not(
     assert differences(whole, again) == []
 
 
+class ByHand(Fails):
+    """Steps after every second batch, by hand; ends with an exception once it has the gradients of a batch."""
+
+    in_hook, at_batch = "manual_backward", 1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self._fail("manual_backward", batch_idx)
+        if batch_idx % 2:
+            optimizer = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_gradients_of_a_step_that_failed_are_not_added_again(tmp_path: Path) -> None:
+    """They cannot be told from those of its accumulation window that came before."""
+    path, options = tmp_path / "failed.ckpt", {"max_epochs": 2}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, options, callbacks=(SavesWhatFailed(path),), kind=ByHand)
+    (rank,) = torch.load(path)["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
+    assert not rank.get("gradients")
+
+
 @pytest.mark.parametrize("at_batch", [0, 2])
 def test_an_epoch_ends_as_any_other_where_the_batch_of_a_step_that_failed_is_left_out(
     at_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,7 +54,7 @@ def gradients_wait(trainer: Trainer, point: str) -> bool:
     """Whether gradients are waiting for a later step, at the moment of a save."""
     if trainer.lightning_module.automatic_optimization:
         return point in _IN_EPOCH and trainer.fit_loop._should_accumulate()
-    return point != "elsewhere" and bool(_waiting(trainer))
+    return point not in ("in_step", "elsewhere") and bool(_waiting(trainer))
 
 
 def capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
