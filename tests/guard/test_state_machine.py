@@ -298,10 +298,14 @@ def explore(examples: int, steps: int, derandomize: bool) -> None:
         phases=[Phase.generate] if derandomize else [Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_state_machine_as_test(Folder, settings=chosen)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "lightning.pytorch")  # until the test ends
 
 
 def test_the_last_good_checkpoint_outlives_whatever_befalls_its_folder() -> None:
