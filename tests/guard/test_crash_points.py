@@ -91,7 +91,7 @@ def test_a_crash_at_a_file_call_leaves_the_right_checkpoint(
     calls = run.calls()
     assert set(calls) >= {"open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir"}
     tried = points(calls, every_write=25)
-    assert len(tried) >= 25
+    assert len(tried) >= 20, "opening, writing, syncing, moving and removing of a checkpoint and of its manifest"
     for at in tried:
         said = run.crash(at, **kind)
         run.check(said, (at, calls[at]))
