@@ -272,7 +272,8 @@ class CheckpointGuard(Callback):
             loaded = judged.facts  # weights and optimizers are in the shards, and not in the dict
         else:
             known = judged.facts if judged is not None else None
-            loaded, is_as_judged = loaded_as_judged(checkpoint, path, known, is_loaded_as_it_stands(trainer, self))
+            as_it_stands = type(self) is CheckpointGuard and is_loaded_as_it_stands(trainer, self)
+            loaded, is_as_judged = loaded_as_judged(checkpoint, path, known, as_it_stands)
             if self.repair and trainer.state.fn == FITTING:
                 self.repairs = repair_checkpoint(checkpoint, trainer, loaded)
                 if self.repairs:

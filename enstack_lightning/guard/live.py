@@ -21,6 +21,7 @@ from enstack_lightning.checkpoint.readers.lightning import (
     progress_facts,
     with_defects,
 )
+from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
 from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
@@ -86,8 +87,8 @@ def loaded_as_judged(
     Its defects are looked for where it does not: hooks of a module may have changed it on the way.
 
     Args:
-        as_it_stands: nobody can have changed it. Then weights and optimizers, which take the longest, are not read
-            again where all else is as judged: the optimizers are judged once more when they have been restored.
+        as_it_stands: nobody can have changed it. Then weights and the states of optimizers, which take the longest, are
+            not read again where all else is as judged: these states are judged once more when they are restored.
     """
     if judged is None:
         return loaded_facts(checkpoint, path), False
@@ -125,12 +126,14 @@ def trainer_facts(
         {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "loops": {"fit_loop": _counters(trainer)}}
     )
     module = trainer.lightning_module
+    states = [optimizer.state_dict() for optimizer in trainer.optimizers]
     return Facts(
         path,
         Format.LIGHTNING,
         fields=loaded.fields,
         progress=dataclasses.replace(progress, batches_per_epoch=run.batches_per_epoch),
-        optimizers=tuple(_optimizer(o, names) for o in trainer.optimizers),
+        defects=misshapen({"optimizer_states": states}, "optimizer_states", "lr_schedulers"),
+        optimizers=tuple(_optimizer(*pair, names) for pair in zip(trainer.optimizers, states, strict=True)),
         schedulers=tuple(_scheduler(trainer, c.scheduler) for c in trainer.lr_scheduler_configs),
         run=run,
         hyper_parameters=_hyper_parameters(module),
@@ -304,9 +307,8 @@ def _counters(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _optimizer(optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> OptimizerFacts:
+def _optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], known: Mapping[int, str]) -> OptimizerFacts:
     """The facts of an optimizer; of parameters that nothing is known of, neither names nor shapes."""
-    state = optimizer.state_dict()
     facts = optimizer_of(state, _scalar)
     if not known:
         return facts

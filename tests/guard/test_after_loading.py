@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import warnings
@@ -789,6 +790,11 @@ class DamagingStrategy(SingleDeviceStrategy):
         return damage(super().load_checkpoint(*args, **kwargs))
 
 
+class DamagingAtWeights(SingleDeviceStrategy):
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        super().load_model_state_dict(damage(checkpoint), strict)
+
+
 class DamagingIO(TorchCheckpointIO):
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return damage(super().load_checkpoint(*args, **kwargs))
@@ -799,33 +805,71 @@ class DamagingWrapper(AsyncCheckpointIO):
         return damage(super().load_checkpoint(*args, **kwargs))
 
 
-def damaging_instance() -> Net:
-    net = Net()
-    net.on_load_checkpoint = damage  # type: ignore[method-assign,assignment]
-    return net
+class DamagingGuard(CheckpointGuard):
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, damage(checkpoint))
 
 
-@pytest.mark.parametrize("made_by", ["module", "instance", "callback", "strategy", "io", "wrapper", "migration"])
+class StandIn:
+    """A callback of no class of Lightning's, without a `__dict__`, that hands everything on to another one."""
+
+    __slots__ = ("callback", "log", "log_dict")  # which Lightning sets
+
+    def __init__(self) -> None:
+        self.callback = DamagingCallback()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.callback, name)
+
+
+def changed(thing: Any, method: str) -> Any:
+    """The thing with a method of its own that damages what the method returns, or is given first."""
+    own = getattr(thing, method)
+    if method == "on_load_checkpoint":
+        setattr(thing, method, damage)
+    elif method == "load_checkpoint":
+        setattr(thing, method, lambda *args, **kwargs: damage(own(*args, **kwargs)))
+    else:
+        setattr(thing, method, lambda checkpoint, **kwargs: own(damage(checkpoint), **kwargs))
+    return thing
+
+
+def on_cpu() -> SingleDeviceStrategy:
+    return SingleDeviceStrategy(torch.device("cpu"))
+
+
+DAMAGING: dict[str, dict[str, Callable[[], Any]]] = {
+    "module": {"module": DamagingNet},
+    "module's instance": {"module": lambda: changed(Net(), "on_load_checkpoint")},
+    "callback": {"callback": DamagingCallback},
+    "callback of another kind": {"callback": StandIn},
+    "guard": {"guard": DamagingGuard},
+    "strategy": {"strategy": lambda: DamagingStrategy(torch.device("cpu"))},
+    "strategy, with the weights": {"strategy": lambda: DamagingAtWeights(torch.device("cpu"))},
+    "strategy's instance": {"strategy": lambda: changed(on_cpu(), "load_checkpoint")},
+    "strategy's instance, with the weights": {"strategy": lambda: changed(on_cpu(), "load_model_state_dict")},
+    "io": {"plugins": DamagingIO},
+    "io's instance": {"plugins": lambda: changed(TorchCheckpointIO(), "load_checkpoint")},
+    "wrapper": {"plugins": DamagingWrapper},
+    "wrapper's instance": {"plugins": lambda: changed(AsyncCheckpointIO(TorchCheckpointIO()), "load_checkpoint")},
+    "migration": {},
+}
+
+
+@pytest.mark.parametrize("made_by", DAMAGING)
 def test_what_puts_a_wrong_form_into_the_loaded_checkpoint_is_found(
     made_by: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makers: dict[str, dict[str, Callable[[], Any]]] = {
-        "module": {"module": DamagingNet},
-        "instance": {"module": damaging_instance},
-        "callback": {"callback": DamagingCallback},
-        "strategy": {"strategy": lambda: DamagingStrategy(torch.device("cpu"))},
-        "io": {"plugins": DamagingIO},
-        "wrapper": {"plugins": DamagingWrapper},
-        "migration": {},
-    }
-    made = {name: make() for name, make in makers[made_by].items()}
-    path, module, before = plain, made.pop("module", Net()), [made.pop("callback")] if "callback" in made else []
+    made = {name: make() for name, make in DAMAGING[made_by].items()}
+    path, module, guard = plain, made.pop("module", Net()), made.pop("guard", CheckpointGuard())
+    before = [made.pop("callback")] if "callback" in made else []
     if made_by == "migration":
         monkeypatch.setattr(migration, "_migration_index", lambda: {"2.0.1": [damage]})
         path = edited(plain, tmp_path / "older.ckpt", lambda c: c.update({"pytorch-lightning_version": "2.0.0"}))
-    trainer = quiet_trainer(tmp_path / "again", *before, CheckpointGuard(), max_epochs=EPOCHS, **made)
+    trainer = quiet_trainer(tmp_path / "again", *before, guard, max_epochs=EPOCHS, **made)
     with pytest.raises(CheckpointGuardError, match="step is a tensor of shape"):
         trainer.fit(module, ckpt_path=path)
+    assert not trainer.fit_loop.epoch_loop.batch_progress.total.ready, "before anything was restored"
 
 
 class WatchingCallback(Callback):
@@ -842,25 +886,57 @@ def test_optimizers_that_nobody_can_have_changed_are_not_read_twice(
 ) -> None:
     of_dicts, read = [], lightning_reader.optimizers_of
 
-    def counted(entries: object, read_scalar: Any) -> Any:
-        of_dicts.extend([entries] if read_scalar is live._scalar else [])
-        return read(entries, read_scalar)
+    def counted(entries: object, read_scalar: Any, known: Any = None) -> Any:
+        of_dicts.extend([entries] if read_scalar is live._scalar and known is None else [])
+        return read(entries, read_scalar, known)
 
     monkeypatch.setattr(lightning_reader, "optimizers_of", counted)
     resume(plain, Net(), callback(), plugins=[make() for make in plugins])
     assert len(of_dicts) == times
 
 
+def replaced(plain: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[..., object]) -> Path:
+    """A checkpoint in whose place another one of the same run is loaded."""
+    judged, other = folder / "judged.ckpt", folder / "other.ckpt"
+    shutil.copy(plain, judged)
+    edited(plain, other, edit)
+    load = torch_io.pl_load
+    monkeypatch.setattr(torch_io, "pl_load", lambda path, **options: load(other, **options))
+    return judged
+
+
+def of_one_step(checkpoint: dict[str, Any]) -> None:
+    of_the_optimizer(checkpoint)[0].update(step=torch.tensor(1.0))
+
+
+def without_a_rate(checkpoint: dict[str, Any]) -> None:
+    checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = math.nan
+
+
+@pytest.mark.parametrize(("edit", "message"), [(without_a_rate, "lr is nan"), (damage, "step is a tensor of shape")])
+def test_a_file_that_is_replaced_by_a_bad_one_once_it_is_judged_is_refused(
+    edit: Callable[..., object], message: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointGuardError, match=message):
+        resume(replaced(plain, tmp_path, monkeypatch, edit), Net())
+
+
+def test_a_rate_that_is_none_once_all_is_restored_is_refused(plain: Path) -> None:
+    """Set by what comes after the guard."""
+
+    class SetsRate(Callback):
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            without_a_rate(checkpoint)
+
+    with pytest.raises(CheckpointGuardError, match="lr is nan"):
+        resume(plain, Net(), SetsRate())
+
+
 def test_a_file_that_is_replaced_once_it_is_judged_is_found(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same run, with the same counters, and an optimizer that has made fewer steps."""
-    judged, other = tmp_path / "judged.ckpt", tmp_path / "other.ckpt"
-    shutil.copy(plain, judged)
-    edited(plain, other, lambda c: of_the_optimizer(c)[0].update(step=torch.tensor(1.0)))
-    load = torch_io.pl_load
-    monkeypatch.setattr(torch_io, "pl_load", lambda path, **options: load(other, **options))
-    report = resume(judged, Net())
+    """With the same counters, and an optimizer that has made fewer steps."""
+    report = resume(replaced(plain, tmp_path, monkeypatch, of_one_step), Net())
     assert "warning optimizer 0: 1 of 4 parameters have fewer steps than the others (1 to 10)" in said(report, "CK403")
 
 

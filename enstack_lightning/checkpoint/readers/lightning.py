@@ -82,22 +82,19 @@ def lightning_content(checkpoint: object, path: str, read_scalar: ScalarReader, 
     """The same without its defects, for a comparison with facts that were judged; what differs needs `with_defects`.
 
     Args:
-        known: facts whose weights and optimizers are those of the checkpoint, and are not read from it.
+        known: facts whose weights and states of optimizers are those of the checkpoint, and are not read from it.
     """
     if not is_mapping(checkpoint):
         return Facts(path, Format.UNKNOWN)
     guard = _guard_state(checkpoint.get("callbacks"))
     moment = at(guard, ["resume", "point"])
-    if known is not None:
-        tensors, optimizers = known.tensors, known.optimizers
-    else:
-        tensors = tensors_of(checkpoint.get("state_dict"))
-        optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar)
+    states = known.optimizers if known is not None else None
+    optimizers = optimizers_of(checkpoint.get("optimizer_states"), read_scalar, states)
     return Facts(
         path,
         Format.LIGHTNING if VERSION_KEY in checkpoint else Format.UNKNOWN,
         fields=field_types(checkpoint),
-        tensors=tensors,
+        tensors=known.tensors if known is not None else tensors_of(checkpoint.get("state_dict")),
         progress=progress_facts(checkpoint),
         optimizers=optimizers,
         schedulers=schedulers_of(checkpoint.get("lr_schedulers"), optimizers),

@@ -6,6 +6,7 @@ The same functions serve a file's symbolic content and a dict that was really lo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,21 +38,30 @@ _KEYS = (int, str)
 """How an optimizer names its parameters."""
 
 
-def optimizers_of(entries: object, read_scalar: ScalarReader) -> tuple[OptimizerFacts, ...] | None:
-    """Facts of a list of `Optimizer.state_dict()`; None when the value is no such list."""
+def optimizers_of(
+    entries: object, read_scalar: ScalarReader, known: Sequence[OptimizerFacts] | None = None
+) -> tuple[OptimizerFacts, ...] | None:
+    """Facts of a list of `Optimizer.state_dict()`; None when the value is no such list.
+
+    Args:
+        known: facts of the same optimizers: what they say of the parameters' states is not read again.
+    """
     if not isinstance(entries, list) or not all(is_mapping(e) for e in entries):
         return None
     optimizers: list[OptimizerFacts] = []
     left = MAX_GROUPS
-    for entry in entries[:MAX_STATES]:
-        optimizers.append(optimizer_of(entry, read_scalar, left))
+    for i, entry in enumerate(entries[:MAX_STATES]):
+        if known is not None and i < len(known):
+            groups = _groups_of(_list_of_groups(entry, left), read_scalar)
+            optimizers.append(dataclasses.replace(known[i], groups=groups))
+        else:
+            optimizers.append(optimizer_of(entry, read_scalar, left))
         left -= len(optimizers[-1].groups)
     return tuple(optimizers)
 
 
 def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups: int = MAX_GROUPS) -> OptimizerFacts:
     """Facts of one `Optimizer.state_dict()`: `{"state": {id: {...}}, "param_groups": [...]}`."""
-    groups = entry.get("param_groups")
     states = entry.get("state")
     states = states if is_mapping(states) else {}
     steps, moments, unusable = {}, {}, []
@@ -69,7 +79,7 @@ def optimizer_of(entry: Mapping[str, Any], read_scalar: ScalarReader, max_groups
             if step is not None and not 0 <= step < math.inf:
                 unusable.append((key, step))
     return OptimizerFacts(
-        groups=_groups_of(groups[:max_groups], read_scalar) if isinstance(groups, list) else (),
+        groups=_groups_of(_list_of_groups(entry, max_groups), read_scalar),
         steps=steps,
         unusable_steps=tuple(unusable),
         parameters_with_state=sum(1 for s in states.values() if s),
@@ -124,6 +134,11 @@ def _moment_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for name, value in state.items()
         if (shape := getattr(value, "shape", None)) and hasattr(value, "dtype")
     }
+
+
+def _list_of_groups(entry: Mapping[str, Any], most: int) -> list[Any]:
+    groups = entry.get("param_groups")
+    return groups[:most] if isinstance(groups, list) else []
 
 
 def _groups_of(groups: list[Any], read_scalar: ScalarReader) -> tuple[ParamGroupFacts, ...]:

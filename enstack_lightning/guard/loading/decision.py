@@ -131,24 +131,32 @@ def check_form(strategy: Strategy, report: Report) -> None:
 
 
 def is_loaded_as_it_stands(trainer: Trainer, guard: Callback) -> bool:
-    """Whether no code but that of Lightning and torch has had a checkpoint in its hands before the `guard` has it."""
+    """Whether no code but that of Lightning and torch has had a checkpoint in its hands before the `guard` has it.
+
+    As far as methods of theirs can tell: what reaches into the Trainer's connectors is not looked for.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
     others = [callback for callback in trainer.callbacks if callback is not guard]  # type: ignore[attr-defined]
     return (
-        _loads_files(trainer.strategy)
-        and all(map(_only_hands_on, _checkpoint_ios(trainer.strategy)[:-1]))
-        and not _has_own_hook(trainer.lightning_module, "LightningModule")
-        and not any(_has_own_hook(callback, "Callback") for callback in others)
+        all(_is_lightnings(strategy, "Strategy", name) for name in ("load_checkpoint", "load_model_state_dict"))
+        and all(map(_loads_plainly, _checkpoint_ios(strategy)))
+        and _is_lightnings(module, "LightningModule", "on_load_checkpoint")
+        and all(_is_lightnings(callback, "Callback", "on_load_checkpoint") for callback in others)
     )
 
 
-def _only_hands_on(checkpoint_io: Any) -> bool:
-    return isinstance(checkpoint_io, GuardedCheckpointIO) or is_just(checkpoint_io, "AsyncCheckpointIO")
+def _is_lightnings(thing: Any, base: str, method: str) -> bool:
+    """Whether a thing has a method as Lightning's class of the name `base` has it."""
+    kind = lightning_base(thing, base)
+    is_inherited = kind is not None and getattr(type(thing), method) is getattr(kind, method)
+    return is_inherited and method not in getattr(thing, "__dict__", {})
 
 
-def _has_own_hook(thing: Any, base: str) -> bool:
-    hook = "on_load_checkpoint"
-    own, of_lightning = (getattr(kind, hook, None) for kind in (type(thing), lightning_base(thing, base)))
-    return hook in vars(thing) or own is not of_lightning
+def _loads_plainly(checkpoint_io: Any) -> bool:
+    known = isinstance(checkpoint_io, GuardedCheckpointIO) or any(
+        is_just(checkpoint_io, name) for name in ("TorchCheckpointIO", "AsyncCheckpointIO")
+    )
+    return known and "load_checkpoint" not in vars(checkpoint_io)
 
 
 def _loads_files(strategy: Strategy) -> bool:
