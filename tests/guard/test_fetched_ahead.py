@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exact_runs import BATCH_SIZE, ROWS, Recorded, Rows, differences, train
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -112,3 +113,32 @@ def test_the_loader_is_of_its_own_class_again(tmp_path: Path) -> None:
     train(tmp_path, {}, {}, saves=("batch-2",), kind=Kept)
     train(tmp_path, {}, {}, tmp_path / "batch-2.ckpt", kind=Kept)
     assert {type(loader) for loader in loaders} == {StatefulDataLoader}
+
+
+class TakesOut(Recorded):
+    """Batches are dicts, of which a hook takes an entry; fails once, in a step."""
+
+    at_batch = 2
+
+    def train_dataloader(self) -> Any:
+        def collate(rows: list[Any]) -> dict[str, Any]:
+            return dict(zip(("features", "labels", "rows"), torch.utils.data.default_collate(rows), strict=True))
+
+        return StatefulDataLoader(Rows(False), batch_size=BATCH_SIZE, collate_fn=collate)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch.pop("features"), batch.pop("labels"), batch.pop("rows")] if isinstance(batch, dict) else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == self.at_batch:
+            raise RuntimeError("out of memory")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_is_kept_as_it_was_before_a_hook_took_an_entry_out_of_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, {"max_epochs": 1}, callbacks=(OnExceptionCheckpoint(tmp_path, "failed"),), kind=TakesOut)
+    whole = type("Whole", (TakesOut,), {"at_batch": -1})
+    again = train(tmp_path / "again", {}, {"max_epochs": 1}, tmp_path / "failed.ckpt", kind=whole)
+    steps = [event[4] for event in again["events"] if event[0] == "step"]
+    assert steps == [list(range(row, row + BATCH_SIZE)) for row in range(2 * BATCH_SIZE, ROWS, BATCH_SIZE)]

@@ -75,6 +75,24 @@ def test_what_is_saved_as_a_hook_fails_is_not_called_exact(
     assert exactness(caplog).startswith("not promised: it was saved " + ("in" if kind is AtAnEpochsStart else "at no"))
 
 
+def test_what_is_saved_once_a_fit_has_failed_is_not_called_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lightning has reset the loaders by then."""
+    trainers: list[Any] = []
+
+    class Keeps(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            trainers.append(trainer)
+
+    with pytest.raises(Stopped):
+        train(tmp_path, {}, {}, callbacks=(Keeps(),), kind=AtABatchsEnd)
+    trainers[0].save_checkpoint(tmp_path / "later.ckpt")
+    with caplog.at_level(logging.INFO):
+        train(tmp_path / "again", {}, {}, tmp_path / "later.ckpt", kind=AtABatchsEnd)
+    assert exactness(caplog).startswith("not promised: it was saved at no moment")
+
+
 @pytest.mark.parametrize("order", ["sampler", "plain"])
 def test_a_batch_whose_last_hook_failed_is_passed_over_by_any_loader(order: str, tmp_path: Path) -> None:
     """Its step is done: Lightning goes on with the next one."""

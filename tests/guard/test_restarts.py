@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import edited, quiet_trainer
-from exact_runs import BATCH_SIZE, BATCHES, ROWS, Counting, Recorded, differences, train
+from exact_runs import BATCH_SIZE, BATCHES, ROWS, Counting, Recorded, differences, exactness, train
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -443,3 +444,110 @@ def test_layers_that_a_failed_hook_had_put_into_evaluation_are_trained(tmp_path:
         train(tmp_path, {}, trainer, callbacks=(FailsAtTheEnd(), SavesWhatFailed(path)))
     again = train(tmp_path / "again", {}, trainer, path, seed=9)
     assert differences(train(tmp_path / "whole", {}, trainer), again) == []
+
+
+# More than one failure in an epoch
+
+
+class OfFewRows(Fails):
+    """Of batches of one row too; ends with no exception."""
+
+    at_batch = -1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.network[1] = torch.nn.Identity()
+
+
+def fail(folder: Path, module: dict[str, Any], hook: str, at_batch: int, path: Path | None = None) -> Path:
+    """Trains until an exception, and returns what it saves."""
+    failed = folder / "failed.ckpt"
+    kind = type("Failing", (OfFewRows,), {"in_hook": hook, "at_batch": at_batch})
+    saves, seed = (SavesWhatFailed(failed),), 1 if path is None else 9
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(folder, module, {"max_epochs": 2}, path, saves, seed=seed, kind=kind)
+    return failed
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("order", ["sampler", "shuffle"])
+def test_pieces_of_a_batch_that_wait_are_in_the_saves_between_them(
+    order: str, num_workers: int, tmp_path: Path
+) -> None:
+    failed = fail(tmp_path, {"order": order, "num_workers": num_workers}, "training_step", 2)
+    smaller = {"order": order, "num_workers": num_workers, "batch_size": 2}
+    name = f"batch-{BATCHES + 2 * BATCH_SIZE // 2 + 1}"  # after the first piece
+    pieces = train(tmp_path / "pieces", smaller, {"max_epochs": 2}, failed, saves=(name,), kind=OfFewRows)
+    assert sorted(map(len, rows_of(pieces, 1))) == [2] * ((ROWS - 2 * BATCH_SIZE) // 2)
+    path = tmp_path / "pieces" / f"{name}.ckpt"
+    again = train(tmp_path / "again", smaller, {"max_epochs": 2}, path, seed=9, kind=OfFewRows)
+    assert rows_of(again, 1) == rows_of(pieces, 1)[1:]
+    assert validations(again) == [1]
+    assert (again["weights"], again["counters"]) == (pieces["weights"], pieces["counters"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("hook", ["training_step", "on_train_batch_end"])
+@pytest.mark.parametrize("order", ["sampler", "shuffle"])
+def test_an_epoch_that_goes_on_with_batches_of_a_third_size_has_each_row_once(
+    order: str, hook: str, num_workers: int, tmp_path: Path
+) -> None:
+    module = {"order": order, "num_workers": num_workers}
+    whole = train(tmp_path, module, {"max_epochs": 2}, kind=OfFewRows)
+    first = fail(tmp_path / "first", module, hook, 2)
+    second = train(tmp_path / "whole", {**module, "batch_size": 3}, {"max_epochs": 2}, first, seed=9, kind=OfFewRows)
+    at_batch = rows_index(second, 2)
+    failed = fail(tmp_path / "second", {**module, "batch_size": 3}, hook, at_batch, first)
+    third = train(tmp_path / "third", {**module, "batch_size": 2}, {"max_epochs": 2}, failed, seed=9, kind=OfFewRows)
+    done = 2 + (hook == "on_train_batch_end")
+    rows = list(chain(*rows_of(whole, 1)[:done], *rows_of(second, 1)[:done], *rows_of(third, 1)))
+    assert sorted(rows) == list(range(ROWS))
+    assert validations(third) == [1]
+
+
+def rows_index(run: dict[str, Any], number: int) -> int:
+    """The index that Lightning gives to a batch of the second epoch."""
+    return int(steps_in(run, 1)[number][2])
+
+
+# Loaders that are not alone, or that the module asks itself
+
+
+class OfADict(Fails):
+    def train_dataloader(self) -> Any:
+        return {"rows": super().train_dataloader()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch["rows"], batch_idx)
+
+
+def test_a_batch_of_loaders_in_a_dict_is_left_out_and_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, options = tmp_path / "failed.ckpt", {"max_epochs": 2}
+    kind = type("Failing", (OfADict,), {"at_batch": 2})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, options, callbacks=(SavesWhatFailed(path),), kind=kind)
+    with caplog.at_level(logging.INFO):
+        again = train(tmp_path / "again", {}, options, path, seed=9, kind=type("Whole", (OfADict,), {"at_batch": -1}))
+    assert len(rows_of(again, 1)) == BATCHES - 3
+    assert validations(again) == [1]
+    assert "not promised" in exactness(caplog)
+
+
+class AsksTheLoader(Fails):
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:  # type: ignore[override]
+        (features, _, _), batch_idx, _ = next(dataloader_iter)
+        self._fail("training_step", batch_idx)
+        return self.network(features).square().mean()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs nothing: Lightning would have to be told the size of each batch."""
+
+
+def test_no_batch_of_a_validation_is_kept_as_one_of_a_training(tmp_path: Path) -> None:
+    path, kind = tmp_path / "failed.ckpt", type("Failing", (AsksTheLoader,), {"at_batch": 2})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, {}, {"max_epochs": 2}, callbacks=(SavesWhatFailed(path),), kind=kind)
+    (rank,) = torch.load(path)["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
+    assert not rank.get("fetched")

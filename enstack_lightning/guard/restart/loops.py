@@ -36,7 +36,7 @@ from enstack_lightning.guard.restart.part_gradients import restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
-from enstack_lightning.guard.restart.rows import OwnPositions, has_state, loaders_of
+from enstack_lightning.guard.restart.rows import OwnPositions, has_state, loaders_of, rows_given
 from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callbacks, restore_frozen, skip_searches
 
 if TYPE_CHECKING:
@@ -401,13 +401,12 @@ class ExactRestart:
         left: int | None = getattr(getattr(loader, "sampler", None), "batches_left", None)
         if left is not None or not size or self.batch_size in (None, size):
             return left
-        batch = self.trainer.fit_loop.epoch_loop.batch_progress
-        if batch.is_last_batch:
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return 0
-        if not hasattr(loader, "next_iter_state") or isinstance(loader.dataset, IterableDataset):
+        given = rows_given(loader, size)
+        if given is None or isinstance(loader.dataset, IterableDataset):
             return None
-        in_hand = self.point == "in_step" and bool(self.mine.get("fetched"))
-        rows: int = max(0, len(loader.sampler) - (batch.current.ready + in_hand) * self.batch_size)
+        rows: int = max(0, len(loader.sampler) - given)
         return rows // size if loader.drop_last else -(-rows // size)
 
     def _restore_gradients(self) -> None:

@@ -46,6 +46,23 @@ def has_state(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
+def rows_given(loader: Any, size: int) -> int | None:
+    """The rows of a map-style data set that lie before a loader's position; None where it does not tell.
+
+    Args:
+        loader: a `StatefulDataLoader` whose state has been loaded.
+        size: of its batches, of which it may pass over some.
+    """
+    state = getattr(loader, "next_iter_state", None)
+    if state is None and getattr(loader, "_iterator", None) is not None and has_state(loader):
+        state = loader.state_dict()
+    if not isinstance(state, dict):
+        return None
+    position = (state.get("_snapshot") or {}).get("_main_snapshot", state)
+    given = (position.get("_sampler_iter_state") or {}).get("samples_yielded")
+    return None if given is None else int(given) + int(state.get("_steps_since_snapshot") or 0) * size
+
+
 def may_draw(loader: Any) -> bool:
     """Whether rows may come with random numbers; not those of tensors that are only put together."""
     return getattr(loader, "collate_fn", None) is not default_collate or not _is_of_tensors(loader.dataset)
