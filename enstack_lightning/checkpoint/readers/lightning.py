@@ -14,14 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from enstack_lightning.checkpoint.facts import (
-    Defect,
-    DefectKind,
-    Facts,
-    Format,
-    ProgressFacts,
-    RunFacts,
-)
+from enstack_lightning.checkpoint.facts import Defect, DefectKind, Facts, Format, ProgressFacts, RunFacts
 from enstack_lightning.checkpoint.inert_pickle import Call, TensorDescriptor
 from enstack_lightning.checkpoint.mappings import is_mapping
 from enstack_lightning.checkpoint.readers.shapes import MAX_GROUPS, misshapen, must_be, shown_value
