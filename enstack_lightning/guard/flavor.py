@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointIO",
     "ModelCheckpoint",
     "checkpoint_dirpaths",
+    "inherits",
     "is_a",
     "is_just",
     "is_model_checkpoint",
@@ -66,6 +67,18 @@ def is_a(thing: object, name: str) -> bool:
 def is_just(thing: object, name: str) -> bool:
     """Whether a thing is of Lightning's class of this name itself."""
     return lightning_base(thing, name) is type(thing)
+
+
+def inherits(thing: object, name: str, method: str) -> bool:
+    """Whether a thing's class has a method as Lightning's class of this name has it, from which it derives.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> [inherits(EarlyStopping("loss"), "Callback", method) for method in ("setup", "teardown")]
+        [False, True]
+    """
+    base = lightning_base(thing, name)
+    return base is not None and getattr(type(thing), method, None) is getattr(base, method, None)
 
 
 def is_model_checkpoint(callback: object) -> TypeGuard[ModelCheckpoint]:

@@ -24,7 +24,7 @@ from enstack_lightning.checkpoint.readers.lightning import (
 from enstack_lightning.checkpoint.readers.shapes import misshapen
 from enstack_lightning.checkpoint.readers.states import optimizer_of, plain, schedule_options, scheduler_of
 from enstack_lightning.checkpoint.rules.drift_of_run import DIGITS
-from enstack_lightning.guard.flavor import is_a, lightning_base, lightning_version
+from enstack_lightning.guard.flavor import inherits, is_a, lightning_version
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.stock_callbacks import epochs_to_train
 from enstack_lightning.guard.training_data import TrainingData, training_data
@@ -133,7 +133,7 @@ def trainer_facts(
         fields=loaded.fields,
         progress=dataclasses.replace(progress, batches_per_epoch=run.batches_per_epoch),
         defects=misshapen({"optimizer_states": states}, "optimizer_states", "lr_schedulers"),
-        optimizers=tuple(_optimizer(*pair, names) for pair in zip(trainer.optimizers, states, strict=True)),
+        optimizers=tuple(_optimizer(o, state, names) for o, state in zip(trainer.optimizers, states, strict=True)),
         schedulers=tuple(_scheduler(trainer, c.scheduler) for c in trainer.lr_scheduler_configs),
         run=run,
         hyper_parameters=_hyper_parameters(module),
@@ -269,9 +269,9 @@ def _flattens(trainer: Trainer) -> bool:
 
 def _stateful(data_module: Any) -> str | None:
     """The name under which a data module's state lies in a checkpoint; None where it keeps none."""
-    base = lightning_base(data_module, "LightningDataModule")
-    kind = type(data_module)
-    return kind.__qualname__ if base is not None and kind.load_state_dict is not base.load_state_dict else None
+    kind = "LightningDataModule"
+    keeps_one = is_a(data_module, kind) and not inherits(data_module, kind, "load_state_dict")
+    return type(data_module).__qualname__ if keeps_one else None
 
 
 def versions() -> dict[str, str]:

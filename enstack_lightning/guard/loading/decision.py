@@ -19,7 +19,7 @@ import torch
 from enstack_lightning.checkpoint import Format, Report
 from enstack_lightning.checkpoint.location import Location, locate
 from enstack_lightning.errors import CheckpointError, CheckpointGuardError
-from enstack_lightning.guard.flavor import Callback, is_a, is_just, lightning_base, rank_zero_warn
+from enstack_lightning.guard.flavor import Callback, inherits, is_a, is_just, rank_zero_warn
 from enstack_lightning.guard.ranks import gathered
 from enstack_lightning.guard.saving.checkpoint_io import GuardedCheckpointIO
 
@@ -120,7 +120,10 @@ def check_form(strategy: Strategy, report: Report) -> None:
     Raises:
         CheckpointGuardError: the Trainer loads Lightning files only, and this is none.
     """
-    if report.facts.format is Format.LIGHTNING or not _loads_files(strategy):
+    files_only = inherits(strategy, "Strategy", "load_checkpoint") and is_just(
+        _innermost(strategy), "TorchCheckpointIO"
+    )
+    if report.facts.format is Format.LIGHTNING or not files_only:
         return
     sharded = report.facts.format is Format.SHARDED
     hint = "Load it with the strategy that saved it" if sharded else "Name the .ckpt file that a Trainer saved"
@@ -147,9 +150,7 @@ def is_loaded_as_it_stands(trainer: Trainer, guard: Callback) -> bool:
 
 def _is_lightnings(thing: Any, base: str, method: str) -> bool:
     """Whether a thing has a method as Lightning's class of the name `base` has it."""
-    kind = lightning_base(thing, base)
-    is_inherited = kind is not None and getattr(type(thing), method) is getattr(kind, method)
-    return is_inherited and method not in getattr(thing, "__dict__", {})
+    return inherits(thing, base, method) and method not in getattr(thing, "__dict__", {})
 
 
 def _loads_plainly(checkpoint_io: Any) -> bool:
@@ -157,12 +158,6 @@ def _loads_plainly(checkpoint_io: Any) -> bool:
         is_just(checkpoint_io, name) for name in ("TorchCheckpointIO", "AsyncCheckpointIO")
     )
     return known and "load_checkpoint" not in vars(checkpoint_io)
-
-
-def _loads_files(strategy: Strategy) -> bool:
-    """Whether a strategy loads single files and no others, as Lightning does by default."""
-    by_default = type(strategy).load_checkpoint is lightning_base(strategy, "Strategy").load_checkpoint
-    return by_default and is_just(_innermost(strategy), "TorchCheckpointIO")
 
 
 def _innermost(strategy: Strategy) -> Any:

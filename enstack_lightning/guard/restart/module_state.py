@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from enstack_lightning.guard.flavor import is_a, lightning_base
+from enstack_lightning.guard.flavor import inherits, is_a, lightning_base
 from enstack_lightning.guard.parts import Parts
 from enstack_lightning.guard.restart.held_values import (
     checksum,
@@ -206,8 +206,7 @@ def _begins_without_state(callback: Any) -> bool:
 
 
 def _overrides(module: LightningModule, hook: str) -> bool:
-    base = lightning_base(module, "LightningModule")
-    return getattr(type(module), hook, None) is not getattr(base, hook, None)
+    return not inherits(module, "LightningModule", hook)
 
 
 def _owner(thing: Any, name: str) -> type:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from enstack_lightning.guard.flavor import is_a, lightning_base, rank_zero_warn
+from enstack_lightning.guard.flavor import inherits, is_a, rank_zero_warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -136,8 +136,7 @@ def skip_searches(trainer: Trainer, batch_size: object) -> Callable[[], None]:
     skipped = []
     for callback in _callbacks(trainer):
         for name in _SEARCHES:
-            base: Any = lightning_base(callback, name)
-            if base is not None and type(callback).on_fit_start is base.on_fit_start:
+            if inherits(callback, name, "on_fit_start"):
                 callback.on_fit_start = _Skipped(name, getattr(callback, "_batch_arg_name", None), batch_size)
                 skipped.append(callback)
 
