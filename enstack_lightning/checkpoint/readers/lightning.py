@@ -139,10 +139,15 @@ def _is_spent(checkpoint: Mapping[str, Any]) -> bool:
 def _stops_at_once(position: object) -> bool:
     if at(position, ["_iterator_finished"]) is not False:
         return False
-    of_workers = at(position, ["_snapshot", "_main_snapshot"])
-    sampler = at(position if of_workers is None else of_workers, ["_sampler_iter_state"])
+    sampler = sampler_state(position)
     own = at(sampler, ["sampler_iter_state"])
     return is_mapping(sampler) and (own is None or (is_mapping(own) and set(own) <= _OF_TORCHDATA))
+
+
+def sampler_state(position: object) -> Any:
+    """The sampler's part of the state of a `StatefulDataLoader`; None where there is none."""
+    of_workers = at(position, ["_snapshot", "_main_snapshot"])
+    return at(position if of_workers is None else of_workers, ["_sampler_iter_state"])
 
 
 def _unloadable(checkpoint: Mapping[str, Any]) -> Iterator[Defect]:

@@ -32,7 +32,7 @@ from enstack_lightning.guard.restart.fetched_ahead import give_first, in_pieces
 from enstack_lightning.guard.restart.layer_options import restore_options
 from enstack_lightning.guard.restart.loader_position import as_if_in, begin_epoch_anew, restore_generators
 from enstack_lightning.guard.restart.module_state import restore_modes, skip_sanity_check
-from enstack_lightning.guard.restart.part_gradients import restore_gradients
+from enstack_lightning.guard.restart.part_gradients import BATCH_DONE, restore_gradients
 from enstack_lightning.guard.restart.plain_order import restore_order
 from enstack_lightning.guard.restart.resume_state import STATE_VERSION, running_statistics
 from enstack_lightning.guard.restart.rng import restore_random_state
@@ -42,7 +42,7 @@ from enstack_lightning.guard.restart.stock_callbacks import begin_epoch_in_callb
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_IN_EPOCH = ("in_step", "batch_end", "batch_end_failed", "validation_end", "after_batch")
+_IN_EPOCH = ("in_step", *BATCH_DONE)
 _EPOCH_DONE = ("epoch_end", "between_epochs", "epoch_start")
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _WHOLE = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies that keep every parameter whole in each process."""
 
-_IN_EPOCH = ("batch_end", "batch_end_failed", "validation_end", "after_batch")
+BATCH_DONE = ("batch_end", "batch_end_failed", "validation_end", "after_batch")
+"""The moments of a save inside an epoch at which the step of its last batch is done."""
 
 
 def watch_steps(trainer: Trainer) -> Callable[[], None]:
@@ -53,7 +54,7 @@ def _mark_used(optimizer: Any, *_: Any) -> None:
 def gradients_wait(trainer: Trainer, point: str) -> bool:
     """Whether gradients are waiting for a later step, at the moment of a save."""
     if trainer.lightning_module.automatic_optimization:
-        return point in _IN_EPOCH and trainer.fit_loop._should_accumulate()
+        return point in BATCH_DONE and trainer.fit_loop._should_accumulate()
     return point not in ("in_step", "elsewhere") and bool(_waiting(trainer))
 
 

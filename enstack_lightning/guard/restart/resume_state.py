@@ -113,7 +113,7 @@ def point_of(trainer: Trainer) -> Point:
     """The moment that the training loops stand at, while a checkpoint is made."""
     hook = trainer.lightning_module._current_fx_name
     loop: Any = trainer.fit_loop
-    if trainer.state.status == "interrupted" and hook != "on_exception":
+    if trainer.state.status == "interrupted" and not after_exception(trainer):
         return "elsewhere"  # after a fit that failed, whose loaders Lightning has reset
     batch, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
     in_epoch = epoch.ready == epoch.started == epoch.processed + 1

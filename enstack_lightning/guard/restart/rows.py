@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from enstack_lightning.checkpoint.readers.lightning import sampler_state
+from enstack_lightning.checkpoint.readers.states import at
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -58,8 +61,7 @@ def rows_given(loader: Any, size: int) -> int | None:
         state = loader.state_dict()
     if not isinstance(state, dict):
         return None
-    position = (state.get("_snapshot") or {}).get("_main_snapshot", state)
-    given = (position.get("_sampler_iter_state") or {}).get("samples_yielded")
+    given = at(sampler_state(state), ["samples_yielded"])
     return None if given is None else int(given) + int(state.get("_steps_since_snapshot") or 0) * size
 
 
