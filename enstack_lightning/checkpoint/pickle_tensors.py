@@ -160,9 +160,11 @@ def read_tensors(machine: Machine, start: re.Match[bytes], most_opcodes: int) ->
         PickleDefectError: as the machine would.
     """
     data, end, at = start.string, start.endpos, start.start()
+    if not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+        return at, 0
     form = _form_of(machine)
     found = form.first(data, at, end)
-    if found is None or not machine.stack or not _is_rebuild(machine, machine.stack[-1]):
+    if found is None:
         return at, 0
     rows, at = [_NOTHING_BEFORE + found.groups(b"")], found.end()
     while len(rows) < MAX_RUN and (found := form.following(data, at, end)):

@@ -290,8 +290,8 @@ class TorchFile:
 
     def _check_own_records(self) -> None:
         by_torch = (*_OWN_RECORDS, *_NAMED_BY_TORCH)
-        for name in [name for name in self.records if not name.startswith(_STORAGE)]:
-            if name not in by_torch and name.lower() in by_torch:
+        for name in self.records:
+            if not name.startswith(_STORAGE) and name not in by_torch and name.lower() in by_torch:
                 self._note(f"torch takes it for {name.lower()}, as it looks names up without regard to case", name)
         if not {"version", ".data/version"} & self._own.keys():
             self._note("it is missing, and torch.load refuses an archive without it", "version")
