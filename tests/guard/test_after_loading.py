@@ -921,7 +921,7 @@ def test_a_file_that_is_replaced_by_a_bad_one_once_it_is_judged_is_refused(
         resume(replaced(plain, tmp_path, monkeypatch, edit), Net())
 
 
-def test_a_rate_that_is_none_once_all_is_restored_is_refused(plain: Path) -> None:
+def test_a_rate_that_is_no_number_once_all_is_restored_is_refused(plain: Path) -> None:
     """Set by what comes after the guard."""
 
     class SetsRate(Callback):

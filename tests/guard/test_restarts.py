@@ -277,15 +277,31 @@ def steps_of_loggers(run: dict[str, Any]) -> list[int]:
 STEP = ("on_train_batch_start", "training_step", "on_before_zero_grad")
 
 
+def fail(
+    folder: Path,
+    module: dict[str, Any],
+    hook: str,
+    at_batch: int,
+    path: Path | None = None,
+    kind: type[Fails] = Fails,
+    **trainer: Any,
+) -> Path:
+    """Trains until an exception, from the start or from a checkpoint, and returns what it saves."""
+    failed = folder / "failed.ckpt"
+    failing = type("Failing", (kind,), {"in_hook": hook, "at_batch": at_batch})
+    saves, seed = (SavesWhatFailed(failed),), 1 if path is None else 9
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(folder, module, {"max_epochs": 2, **trainer}, path, saves, seed=seed, kind=failing)
+    return failed
+
+
 def after_a_failure(
     folder: Path, module: dict[str, Any], hook: str, at_batch: int, batch_size: int = BATCH_SIZE, **trainer: Any
 ) -> tuple[Any, Any]:
     """The run that never failed, and the one that goes on from what an exception saved, with batches of a size."""
-    trainer, path = {"max_epochs": 2, **trainer}, folder / "failed.ckpt"
+    trainer = {"max_epochs": 2, **trainer}
     whole = train(folder, module, trainer, kind=OfAStream)
-    kind = type("Failing", (Fails,), {"in_hook": hook, "at_batch": at_batch})
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(folder, module, trainer, callbacks=(SavesWhatFailed(path),), kind=kind)
+    path = fail(folder, module, hook, at_batch, **trainer)
     then = {**module, "batch_size": batch_size}
     return whole, train(folder / "again", then, trainer, path, seed=9, kind=OfAStream)
 
@@ -329,8 +345,6 @@ def test_a_step_that_failed_before_it_drew_a_number_is_taken_as_if_it_had_not(
 class ByHand(Fails):
     """Steps after every second batch, by hand; ends with an exception once it has the gradients of a batch."""
 
-    in_hook, at_batch = "manual_backward", 1
-
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.automatic_optimization = False
@@ -346,9 +360,7 @@ class ByHand(Fails):
 
 def test_gradients_of_a_step_that_failed_are_not_added_again(tmp_path: Path) -> None:
     """They cannot be told from those of its accumulation window that came before."""
-    path, options = tmp_path / "failed.ckpt", {"max_epochs": 2}
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, {}, options, callbacks=(SavesWhatFailed(path),), kind=ByHand)
+    path = fail(tmp_path, {}, "manual_backward", 1, kind=ByHand)
     (rank,) = torch.load(path)["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
     assert not rank.get("gradients")
 
@@ -459,22 +471,12 @@ class OfFewRows(Fails):
         self.network[1] = torch.nn.Identity()
 
 
-def fail(folder: Path, module: dict[str, Any], hook: str, at_batch: int, path: Path | None = None) -> Path:
-    """Trains until an exception, and returns what it saves."""
-    failed = folder / "failed.ckpt"
-    kind = type("Failing", (OfFewRows,), {"in_hook": hook, "at_batch": at_batch})
-    saves, seed = (SavesWhatFailed(failed),), 1 if path is None else 9
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(folder, module, {"max_epochs": 2}, path, saves, seed=seed, kind=kind)
-    return failed
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("order", ["sampler", "shuffle"])
 def test_pieces_of_a_batch_that_wait_are_in_the_saves_between_them(
     order: str, num_workers: int, tmp_path: Path
 ) -> None:
-    failed = fail(tmp_path, {"order": order, "num_workers": num_workers}, "training_step", 2)
+    failed = fail(tmp_path, {"order": order, "num_workers": num_workers}, "training_step", 2, kind=OfFewRows)
     smaller = {"order": order, "num_workers": num_workers, "batch_size": 2}
     name = f"batch-{BATCHES + 2 * BATCH_SIZE // 2 + 1}"  # after the first piece
     pieces = train(tmp_path / "pieces", smaller, {"max_epochs": 2}, failed, saves=(name,), kind=OfFewRows)
@@ -494,10 +496,10 @@ def test_an_epoch_that_goes_on_with_batches_of_a_third_size_has_each_row_once(
 ) -> None:
     module = {"order": order, "num_workers": num_workers}
     whole = train(tmp_path, module, {"max_epochs": 2}, kind=OfFewRows)
-    first = fail(tmp_path / "first", module, hook, 2)
+    first = fail(tmp_path / "first", module, hook, 2, kind=OfFewRows)
     second = train(tmp_path / "whole", {**module, "batch_size": 3}, {"max_epochs": 2}, first, seed=9, kind=OfFewRows)
     at_batch = rows_index(second, 2)
-    failed = fail(tmp_path / "second", {**module, "batch_size": 3}, hook, at_batch, first)
+    failed = fail(tmp_path / "second", {**module, "batch_size": 3}, hook, at_batch, first, OfFewRows)
     third = train(tmp_path / "third", {**module, "batch_size": 2}, {"max_epochs": 2}, failed, seed=9, kind=OfFewRows)
     done = 2 + (hook == "on_train_batch_end")
     rows = list(chain(*rows_of(whole, 1)[:done], *rows_of(second, 1)[:done], *rows_of(third, 1)))
@@ -524,12 +526,9 @@ class OfADict(Fails):
 def test_a_batch_of_loaders_in_a_dict_is_left_out_and_said_to_be(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, options = tmp_path / "failed.ckpt", {"max_epochs": 2}
-    kind = type("Failing", (OfADict,), {"at_batch": 2})
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, {}, options, callbacks=(SavesWhatFailed(path),), kind=kind)
+    path, whole = fail(tmp_path, {}, "training_step", 2, kind=OfADict), type("Whole", (OfADict,), {"at_batch": -1})
     with caplog.at_level(logging.INFO):
-        again = train(tmp_path / "again", {}, options, path, seed=9, kind=type("Whole", (OfADict,), {"at_batch": -1}))
+        again = train(tmp_path / "again", {}, {"max_epochs": 2}, path, seed=9, kind=whole)
     assert len(rows_of(again, 1)) == BATCHES - 3
     assert validations(again) == [1]
     assert "not promised" in exactness(caplog)
@@ -546,8 +545,6 @@ class AsksTheLoader(Fails):
 
 
 def test_no_batch_of_a_validation_is_kept_as_one_of_a_training(tmp_path: Path) -> None:
-    path, kind = tmp_path / "failed.ckpt", type("Failing", (AsksTheLoader,), {"at_batch": 2})
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, {}, {"max_epochs": 2}, callbacks=(SavesWhatFailed(path),), kind=kind)
+    path = fail(tmp_path, {}, "training_step", 2, kind=AsksTheLoader)
     (rank,) = torch.load(path)["callbacks"]["CheckpointGuard"]["resume"]["ranks"]
     assert not rank.get("fetched")
